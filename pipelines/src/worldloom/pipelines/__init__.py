@@ -1,0 +1,1 @@
+"""The command line and everything in which both halves meet."""
