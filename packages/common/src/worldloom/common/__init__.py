@@ -5,7 +5,7 @@ Nothing here imports torch until a name that needs it is touched.
 
 from typing import TYPE_CHECKING
 
-from .lazy import lazy_exports
+from .lazy import lazy_exports as lazy_exports
 
 if TYPE_CHECKING:
     from .actions import ActionArray as ActionArray
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .checkpoint import save_checkpoint as save_checkpoint
     from .checkpoint import save_model as save_model
     from .config import build as build
+    from .config import describe_difference as describe_difference
     from .config import nearest as nearest
     from .config import partial as partial
     from .config import read_toml as read_toml
@@ -44,7 +45,14 @@ if TYPE_CHECKING:
     from .files import to_json as to_json
     from .files import write_bytes as write_bytes
     from .files import write_json as write_json
-    from .lazy import lazy_exports as lazy_exports
+    from .interrupt import Interrupt as Interrupt
+    from .npy import npy_array as npy_array
+    from .npy import npy_bytes as npy_bytes
+    from .optimizer import decay_groups as decay_groups
+    from .optimizer import load_optimizer as load_optimizer
+    from .optimizer import optimizer_tensors as optimizer_tensors
+    from .optimizer import set_learning_rate as set_learning_rate
+    from .optimizer import warmup_cosine as warmup_cosine
     from .rng import derive_seed as derive_seed
     from .rng import library_seed as library_seed
     from .rng import numpy_stream as numpy_stream
@@ -56,10 +64,10 @@ if TYPE_CHECKING:
     from .runlog import read_metrics as read_metrics
     from .runlog import say as say
     from .shapes import bind_shape as bind_shape
+    from .shard_reader import TokenShards as TokenShards
     from .shards import CodeArray as CodeArray
     from .shards import ShardRecord as ShardRecord
     from .shards import TokenEpisode as TokenEpisode
-    from .shards import TokenShards as TokenShards
     from .shards import finished_shard as finished_shard
     from .shards import shard_name as shard_name
     from .shards import write_manifest as write_manifest
@@ -77,7 +85,7 @@ __getattr__, __dir__ = lazy_exports(
             "Checkpoint", "load_checkpoint", "load_model", "load_weights", "newest_checkpoint",
             "save_checkpoint", "save_model",
         ),
-        "config": ("build", "nearest", "partial", "read_toml", "to_plain"),
+        "config": ("build", "describe_difference", "nearest", "partial", "read_toml", "to_plain"),
         "episodes": ("Episode", "EpisodeWriter", "Episodes", "EpisodesSpec", "Frames"),
         "errors": (
             "ConfigError", "FormatError", "MismatchError", "ShapeError", "StorageError",
@@ -87,15 +95,22 @@ __getattr__, __dir__ = lazy_exports(
             "atomic_folder", "failpoint", "file_sha256", "read_json", "remove_leftovers",
             "storage_errors", "to_json", "write_bytes", "write_json",
         ),
+        "interrupt": ("Interrupt",),
         "lazy": ("lazy_exports",),
+        "npy": ("npy_array", "npy_bytes"),
+        "optimizer": (
+            "decay_groups", "load_optimizer", "optimizer_tensors", "set_learning_rate",
+            "warmup_cosine",
+        ),
         "rng": ("derive_seed", "library_seed", "numpy_stream", "stream"),
         "runlog": (
             "RunLog", "environment", "format_metrics", "progress", "read_metrics", "say",
         ),
         "shapes": ("bind_shape",),
+        "shard_reader": ("TokenShards",),
         "shards": (
-            "CodeArray", "ShardRecord", "TokenEpisode", "TokenShards", "finished_shard",
-            "shard_name", "write_manifest", "write_shard",
+            "CodeArray", "ShardRecord", "TokenEpisode", "finished_shard", "shard_name",
+            "write_manifest", "write_shard",
         ),
         "specs": ("CodeSpec", "ResizeRule", "TokenizerSpec", "fingerprint"),
     },

@@ -1,20 +1,21 @@
 """Actions of any kind <-> a fixed number of integer slots per step.
 
-    raw actions (what the environment takes)  -> encode -> slots_TA int64, slots_TA[:, a] in [0, sizes[a])
-    slots_TA                                  -> decode -> raw actions
+    raw actions (what the environment takes) -> encode -> slots_TA int64, [:, a] in [0, sizes[a])
+    slots_TA                                 -> decode -> raw actions
 
 | kind | raw, per step | slots |
 |---|---|---|
 | none | nothing, shape (0,) | none: A = 0, a video without actions |
 | discrete | one integer in [0, n) | that integer |
-| keys | n values 0 or 1, at most max_keys of them 1 | the pressed keys + 1 in rising order, then zeros |
+| keys | n values 0 or 1, at most max_keys of them 1 | pressed keys + 1, rising, then zeros |
 | multi_discrete | one integer in [0, sizes[a]) for each a | those integers |
 | continuous | one float in [low, high] per axis | the bin of each axis, linear or mu-law |
 
-encode and decode are exact inverses, but for `continuous`: there encode(decode(slots)) == slots, and
-decode(encode(raw)) is the centre of raw's bin. No-op, null and padding are three different things:
-a no-op is an action of the game and has its own slots here; *null* ("no action was given", for
-guidance and for video without labels) and *padding* (no step at all) are not actions and have none.
+encode and decode are exact inverses, but for `continuous`: there encode(decode(slots)) == slots,
+and decode(encode(raw)) is the centre of raw's bin, a float32. No-op, null and padding are three
+different things: a no-op is an action of the game and has its own slots here; *null* ("no action
+was given", for guidance and for video without labels) and *padding* (no step at all) are not
+actions and have none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,10 @@ _MU = 255.0
 """Companding constant of the mu-law bins (ITU-T G.711)."""
 _MAX_SLOTS = 256
 _MAX_SLOT_SIZE = 1 << 16
+_MAX_VALUE = 1e30
+"""Largest bound of a continuous axis: float32, which environments take, ends at 3e38."""
+_MAX_STEPS = 1 << 20
+"""Longest hold of one written action; a typing error must not fill the memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +75,14 @@ class ActionSpec:
         axes = len(self.sizes) if self.kind == "continuous" else 0
         if not len(self.low) == len(self.high) == len(self.mu_law) == axes:
             raise FormatError(f"{where}: low, high and mu_law must have {axes} values each")
-        if any(not lo < hi for lo, hi in zip(self.low, self.high, strict=True)):
-            raise FormatError(f"{where}: every low must be below its high")
+        if any(
+            not -_MAX_VALUE <= lo < hi <= _MAX_VALUE
+            for lo, hi in zip(self.low, self.high, strict=True)
+        ):
+            raise FormatError(
+                f"{where}: every low must be below its high, both within {_MAX_VALUE:g}: "
+                "an axis without bounds has no bins"
+            )
         wanted = {
             "none": 0,
             "discrete": self.sizes[0] if self.sizes else -1,
@@ -79,14 +90,30 @@ class ActionSpec:
             "multi_discrete": len(self.sizes),
             "continuous": len(self.sizes),
         }[self.kind]
+        if wanted < 0:
+            raise FormatError(f"{where}: at least one slot, got none")
         if len(self.names) != wanted:
             raise FormatError(f"{where}: {len(self.names)} names, must be {wanted}")
         if len(set(self.names)) != len(self.names):
             raise FormatError(f"{where}: a name stands twice in {', '.join(self.names)}")
-        if self.kind == "discrete" and len(self.sizes) != 1:
-            raise FormatError(f"{where}: one slot, got {len(self.sizes)}")
+        if self.kind in ("none", "discrete") and len(self.sizes) != (self.kind == "discrete"):
+            raise FormatError(f"{where}: {len(self.sizes)} slots do not fit this kind")
         if self.kind == "keys" and (len(set(self.sizes)) != 1 or len(self.sizes) > len(self.names)):
             raise FormatError(f"{where}: 1 to {len(self.names)} equal slots, got {self.sizes}")
+        if self.kind == "continuous":
+            self._check_bins(where)
+
+    def _check_bins(self, where: str) -> None:
+        """Refuse bins so fine that float32 does not tell their centres apart."""
+        axes = zip(self.names, self.sizes, self.low, self.high, self.mu_law, strict=True)
+        for name, size, low, high, bent in axes:
+            bins = np.arange(size)[:, None]
+            centres = _unbin(bins, size, low, high, bent).astype(np.float64)
+            outside = (centres < low) | (centres > high)
+            if (outside | (_bin(centres, size, low, high, bent) != bins)).any():
+                raise FormatError(
+                    f"{where}: {size} bins in [{low:g}, {high:g}] of {name} are finer than float32"
+                )
 
     @classmethod
     def none(cls) -> Self:
@@ -152,12 +179,15 @@ class ActionSpec:
             FormatError: if the shape, an action or the number of keys is not of this spec.
         """
         raw = np.asarray(raw)
+        if raw.ndim == 0:
+            raise FormatError(f"{where}: one number, expected the actions of T steps")
         shape = (len(raw),) if self.kind == "discrete" else (len(raw), self.raw_width)
         if raw.shape != shape:
             raise FormatError(f"{where}: shape {raw.shape}, but {self.kind} actions need {shape}")
         if self.kind == "continuous":
             return self._bin(raw.astype(np.float64), where)
-        if not np.issubdtype(raw.dtype, np.integer) and raw.dtype != bool:
+        # numpy calls an empty list float64; that says nothing about its values.
+        if raw.size and not np.issubdtype(raw.dtype, np.integer) and raw.dtype != bool:
             raise FormatError(f"{where}: dtype {raw.dtype}, but {self.kind} actions are integers")
         raw = raw.astype(np.int64)
         if self.kind == "keys":
@@ -175,7 +205,7 @@ class ActionSpec:
             np.put_along_axis(raw, slots_TA, 1, axis=1)
             return raw[:, 1:]
         if self.kind == "continuous":
-            return self._unbin(slots_TA)
+            return _unbin(slots_TA, self.sizes, self.low, self.high, self.mu_law)
         return slots_TA
 
     def check_slots(self, slots_TA: ActionArray, /, *, where: str = "actions") -> SlotArray:
@@ -198,8 +228,8 @@ class ActionSpec:
                 f"must be in [0, {self.sizes[slot]})"
             )
         if self.kind == "keys":
-            above = slots[:, 1:] > slots[:, :-1]
-            ordered = (above | (slots[:, 1:] == 0)).all(1)
+            before, after = slots[:, :-1], slots[:, 1:]
+            ordered = ((after == 0) | ((before > 0) & (after > before))).all(1)
             if not ordered.all():
                 step = int(np.flatnonzero(~ordered)[0])
                 raise FormatError(
@@ -237,22 +267,24 @@ class ActionSpec:
             FormatError: naming the word that is not an action, and the actions there are.
         """
         word, star, times = text.strip().partition("*")
-        if star and not times.strip().isdigit():
+        word, times = word.strip(), times.strip()
+        where = f"action {word!r:.60}"
+        steps = _number(times) if star else 1
+        if steps is None or not 1 <= steps <= _MAX_STEPS:
             raise FormatError(
-                f"action {text!r}: after '*' stands the number of steps, as in {word}*12"
+                f"{where}: after '*' stands the number of steps, 1 to {_MAX_STEPS}, "
+                f"as in {word:.60}*12; got {times!r:.20}"
             )
-        steps = int(times) if star else 1
-        where = f"action {word!r}"
         if self.kind in ("multi_discrete", "continuous"):
+            continuous = self.kind == "continuous"
+            read = float if continuous else int
             try:
-                values = [float(part) for part in word.split(",")]
-            except ValueError as error:
+                values = [read(part) for part in word.split(",")]
+                raw = np.asarray([values], np.float64 if continuous else np.int64)
+            except (ValueError, OverflowError) as error:
                 raise FormatError(
-                    f"{where}: expected numbers for {', '.join(self.names)}"
+                    f"{where}: expected {read.__name__} numbers for {', '.join(self.names)}"
                 ) from error
-            raw = np.asarray([values])
-            if self.kind == "multi_discrete":
-                raw = raw.astype(np.int64)
         elif self.kind == "discrete":
             raw = np.asarray([self._value(word, where)])
         else:
@@ -266,8 +298,9 @@ class ActionSpec:
         word = word.strip()
         if word in self.names:
             return self.names.index(word)
-        if word.isdigit() and int(word) < len(self.names):
-            return int(word)
+        number = _number(word)
+        if number is not None and number < len(self.names):
+            return number
         raise FormatError(f"{where}: no such action; there are {', '.join(self.names) or 'none'}")
 
     def _press(self, raw: ActionArray, where: str) -> SlotArray:
@@ -298,19 +331,7 @@ class ActionSpec:
                 f"{where}: step {step} has {raw[step, axis]} on axis {self.names[axis]}, "
                 f"must be in [{low[axis]}, {high[axis]}]"
             )
-        unit = np.clip((raw - low) / (high - low), 0, 1) * 2 - 1
-        bent = np.sign(unit) * np.log1p(_MU * np.abs(unit)) / np.log1p(_MU)
-        unit = np.where(self.mu_law, bent, unit)
-        sizes = np.asarray(self.sizes)
-        return np.clip(np.floor((unit + 1) / 2 * sizes), 0, sizes - 1).astype(np.int64)
-
-    def _unbin(self, slots_TA: SlotArray) -> npt.NDArray[np.float32]:
-        """Return the centre of every bin."""
-        unit = (slots_TA + 0.5) / np.asarray(self.sizes) * 2 - 1
-        straight = np.sign(unit) * np.expm1(np.abs(unit) * np.log1p(_MU)) / _MU
-        unit = np.where(self.mu_law, straight, unit)
-        low, high = np.asarray(self.low), np.asarray(self.high)
-        return (low + (unit + 1) / 2 * (high - low)).astype(np.float32)
+        return _bin(raw, self.sizes, low, high, self.mu_law)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -324,8 +345,12 @@ class ActionSpec:
             FormatError: if a field is missing, unknown or of the wrong type.
         """
         kinds: dict[str, tuple[type, ...]] = {
-            "names": (str,), "sizes": (int,), "low": (int, float), "high": (int, float), "mu_law": (bool,)
-        }  # fmt: skip
+            "names": (str,),
+            "sizes": (int,),
+            "low": (int, float),
+            "high": (int, float),
+            "mu_law": (bool,),
+        }
         if not isinstance(data, Mapping) or set(data) != {"kind", *kinds}:
             raise FormatError(f"{where}: an action spec has the fields kind, {', '.join(kinds)}")
         for name, types in kinds.items():
@@ -336,8 +361,52 @@ class ActionSpec:
             ):
                 raise FormatError(f"{where}: action spec field {name!r} has the wrong type")
         if data["kind"] not in get_args(ActionKind):
-            raise FormatError(f"{where}: unknown kind of actions {data['kind']!r}")
+            raise FormatError(f"{where}: unknown kind of actions {data['kind']!r:.60}")
         try:
-            return cls(kind=data["kind"], **{name: tuple(data[name]) for name in kinds})
-        except FormatError as error:
+            return cls(
+                kind=data["kind"],
+                names=tuple(data["names"]),
+                sizes=tuple(data["sizes"]),
+                low=tuple(float(value) for value in data["low"]),
+                high=tuple(float(value) for value in data["high"]),
+                mu_law=tuple(data["mu_law"]),
+            )
+        except (FormatError, OverflowError) as error:
             raise FormatError(f"{where}: {error}") from error
+
+
+def _bin(
+    raw: npt.NDArray[np.float64],
+    sizes: npt.ArrayLike,
+    low: npt.ArrayLike,
+    high: npt.ArrayLike,
+    mu_law: npt.ArrayLike,
+) -> SlotArray:
+    """Return the bin of every value, each axis cut into as many as `sizes` says."""
+    low, high, sizes = np.asarray(low), np.asarray(high), np.asarray(sizes)
+    unit = np.clip((raw - low) / (high - low), 0, 1) * 2 - 1
+    bent = np.sign(unit) * np.log1p(_MU * np.abs(unit)) / np.log1p(_MU)
+    unit = np.where(mu_law, bent, unit)
+    bins: SlotArray = np.clip(np.floor((unit + 1) / 2 * sizes), 0, sizes - 1).astype(np.int64)
+    return bins
+
+
+def _unbin(
+    slots_TA: SlotArray,
+    sizes: npt.ArrayLike,
+    low: npt.ArrayLike,
+    high: npt.ArrayLike,
+    mu_law: npt.ArrayLike,
+) -> npt.NDArray[np.float32]:
+    """Return the centre of every bin."""
+    unit = (slots_TA + 0.5) / np.asarray(sizes) * 2 - 1
+    straight = np.sign(unit) * np.expm1(np.abs(unit) * np.log1p(_MU)) / _MU
+    unit = np.where(mu_law, straight, unit)
+    low, high = np.asarray(low), np.asarray(high)
+    centres: npt.NDArray[np.float32] = (low + (unit + 1) / 2 * (high - low)).astype(np.float32)
+    return centres
+
+
+def _number(text: str) -> int | None:
+    """Return the number that a few ASCII digits write, or None."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 9 else None

@@ -15,7 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import ConfigError, WorldloomError
+from .errors import ConfigError, FormatError, WorldloomError
+from .files import read_limited
+
+_MAX_TOML_BYTES = 1 << 20
 
 Config = TypeVar("Config")
 
@@ -26,14 +29,15 @@ def _fields(cls: type) -> dict[str, tuple[Any, bool]]:
     hints = get_type_hints(cls)
     return {
         f.name: (hints[f.name], f.default is MISSING and f.default_factory is MISSING)
-        for f in fields(cls)  # type: ignore[arg-type]
+        for f in fields(cls)
         if f.init
     }
 
 
 def nearest(word: str, words: list[str], /) -> str:
     """Return "; did you mean 'x'?" for the nearest of `words`, or a list of them all."""
-    close = difflib.get_close_matches(word, words, n=1)
+    # 60: matching is quadratic in the length, and no name of ours is as long.
+    close = difflib.get_close_matches(word[:60], words, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(words)}"
 
 
@@ -56,34 +60,40 @@ def build(
     Raises:
         ConfigError: (or `error`) naming the key that is unknown, missing or of the wrong type.
     """
+    values = _read_table(cls, data, where, error, whole=True)
+    try:
+        return cls(**values)
+    except (ValueError, WorldloomError) as reason:  # what the dataclass itself refuses
+        raise error(f"{where}: {reason}") from reason
+
+
+def partial(cls: type, data: Any, /, *, where: str) -> dict[str, Any]:
+    """Return the fields that a table sets, checked and converted; others may be missing.
+
+    `build(cls, {**partial(cls, preset), **partial(cls, file), **flags})` is how the order of
+    precedence is kept.
+
+    Raises:
+        ConfigError: naming the key that is unknown or of the wrong type.
+    """
+    return _read_table(cls, data, where, ConfigError, whole=False)
+
+
+def _read_table(
+    cls: type, data: Any, where: str, error: type[WorldloomError], *, whole: bool
+) -> dict[str, Any]:
+    """Return the fields that a table sets, as the types they want."""
     if not isinstance(data, Mapping):
         raise error(f"{where}: expected a table, got {type(data).__name__}")
     known = _fields(cls)
     for key in data:
         if key not in known:
-            raise error(f"{where}: unknown key {key!r}{nearest(str(key), list(known))}")
+            raise error(f"{where}: unknown key {key!r:.60}{nearest(str(key), list(known))}")
     missing = [name for name, (_, required) in known.items() if required and name not in data]
-    if missing:
+    if whole and missing:
         raise error(f"{where}: key {missing[0]!r} is missing")
-    return cls(
-        **{
-            key: _convert(known[key][0], value, f"{where}: {key}", error)
-            for key, value in data.items()
-        }
-    )
-
-
-def partial(cls: type, data: Any, /, *, where: str) -> dict[str, Any]:
-    """Return the fields that a table sets, checked and converted; others may be missing."""
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}: expected a table, got {type(data).__name__}")
-    known = _fields(cls)
-    for key in data:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), list(known))}")
     return {
-        key: _convert(known[key][0], value, f"{where}: {key}", ConfigError)
-        for key, value in data.items()
+        key: _convert(known[key][0], value, f"{where}: {key}", error) for key, value in data.items()
     }
 
 
@@ -91,13 +101,10 @@ def _convert(hint: Any, value: Any, where: str, error: type[WorldloomError]) -> 
     """Return `value` as the type a field wants, or refuse it."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        inner = [arg for arg in args if arg is not type(None)]
-        return _convert(inner[0], value, where, error)
+        return _convert_union(args, value, where, error)
     if origin is Literal:
-        if value not in args:
-            raise error(f"{where} is {value!r}{nearest(str(value), [str(a) for a in args])}")
+        if not any(value == arg and type(value) is type(arg) for arg in args):
+            raise error(f"{where} is {value!r:.60}{nearest(str(value), [str(a) for a in args])}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
@@ -106,23 +113,39 @@ def _convert(hint: Any, value: Any, where: str, error: type[WorldloomError]) -> 
         if len(kinds) != len(value):
             raise error(f"{where} must have {len(kinds)} values, got {len(value)}")
         return tuple(_convert(k, v, where, error) for k, v in zip(kinds, value, strict=True))
-    if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
+    if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise error(f"{where} must be a table, got {value!r:.60}")
         return dict(value)
-    if is_dataclass(hint):
-        if is_dataclass(value):
-            return value
-        return build(hint, value, where=where, error=error)  # type: ignore[arg-type]
+    if is_dataclass(hint) and isinstance(hint, type):
+        return value if isinstance(value, hint) else build(hint, value, where=where, error=error)
     if hint is Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as reason:
+            raise error(f"{where} must be float, got an integer beyond it") from reason
     if hint is Path and isinstance(value, str):
         return Path(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise error(f"{where} must be {hint.__name__}, got {value!r:.60}")
     return value
+
+
+def _convert_union(
+    hints: tuple[Any, ...], value: Any, where: str, error: type[WorldloomError]
+) -> Any:
+    """Return `value` as the first of several types that takes it."""
+    if value is None and type(None) in hints:
+        return None
+    hints = tuple(hint for hint in hints if hint is not type(None))
+    for hint in hints[:-1]:
+        try:
+            return _convert(hint, value, where, error)
+        except error:
+            continue
+    return _convert(hints[-1], value, where, error)
 
 
 def to_plain(value: Any, /) -> Any:
@@ -141,11 +164,25 @@ def read_toml(path: Path, /) -> dict[str, Any]:
     """Return the tables of a TOML file.
 
     Raises:
-        ConfigError: if it is missing or not TOML.
+        ConfigError: if it is missing, larger than a person writes, or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+        content = read_limited(path, what="a TOML file", limit_bytes=_MAX_TOML_BYTES)
+        return tomllib.loads(content.decode("utf-8"))
+    except FormatError as error:
+        raise ConfigError(str(error)) from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as TOML ({error})") from error
+
+
+def describe_difference(saved: object, wanted: object, /) -> str:
+    """Return the settings in which two tables differ: "dim 192 then, 256 now"."""
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        keys = sorted(set(saved) | set(wanted))
+        parts = [
+            (key, describe_difference(saved.get(key), wanted.get(key)))
+            for key in keys
+            if saved.get(key) != wanted.get(key)
+        ]
+        return ", ".join(f"{key} {text}" for key, text in parts)
+    return f"{saved!r} then, {wanted!r} now"

@@ -8,12 +8,15 @@ are of); every episode is one zip of npy members with frames in pieces of 64, lo
 so that a clip is read without its episode. docs/formats.md describes both to the byte.
 """
 
-import json
+import hashlib
+import math
 import os
 import re
 import zipfile
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,8 +27,17 @@ import numpy.typing as npt
 
 from .actions import ActionArray, ActionSpec
 from .errors import FormatError
-from .files import failpoint, fsync_folder, read_json, storage_errors, to_json, write_json
+from .files import (
+    failpoint,
+    fsync_folder,
+    parse_json,
+    read_json,
+    storage_errors,
+    to_json,
+    write_json,
+)
 from .npy import npy_array, npy_bytes
+from .specs import check_count, check_fields, check_rate
 
 Frames = npt.NDArray[np.uint8]
 
@@ -33,14 +45,19 @@ EPISODES_SCHEMA = "worldloom.episodes/1"
 PIECE_FRAMES = 64
 """Frames per zip member: few enough to read for one clip, enough for deflate to earn its keep."""
 
-_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_MAX_MEMBER_BYTES = 1 << 31
+# 80: with ".actions.npy" behind it, a key must fit the 100 bytes of a name in a ustar header.
+# tmp-: a file of that name is what a killed process left, so readers pass it by.
+_KEY = re.compile(r"(?!tmp-)[A-Za-z0-9_-]{1,80}")
+_MAX_HEADER_BYTES = 1 << 14
+_MAX_ABOUT_BYTES = 1 << 24
 
 
 def check_key(key: str, /, *, where: str) -> str:
     """Return the key if it is safe as a file name and as a webdataset key (no dot, no slash)."""
     if not _KEY.fullmatch(key):
-        raise FormatError(f"{where}: key {key!r:.60} must be letters, digits, '_' and '-' only")
+        raise FormatError(
+            f"{where}: key {key!r:.60} must be 1 to 80 of A-Z a-z 0-9 _ - and not begin with tmp-"
+        )
     return key
 
 
@@ -83,20 +100,15 @@ class EpisodesSpec:
             raise FormatError(
                 f"{path}: schema {data.get('schema')!r}, readable is {EPISODES_SCHEMA}"
             )
-        try:
-            spec = cls(
-                actions=ActionSpec.from_dict(data["actions"], where=str(path)),
-                height=int(data["height"]),
-                width=int(data["width"]),
-                fps=float(data["fps"]),
-                frame_skip=int(data["frame_skip"]),
-                source=dict(data["source"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{path}: field {error} is missing or has the wrong type") from error
-        if not (0 < spec.height < 1 << 16 and 0 < spec.width < 1 << 16 and spec.fps > 0):
-            raise FormatError(f"{path}: height, width and fps must be positive")
-        return spec
+        del data["schema"]
+        check_fields(cls, data, where=str(path))
+        for name in ("height", "width", "frame_skip"):
+            check_count(str(path), name, data[name], high=1 << 16)
+        fps = check_rate(str(path), "fps", data["fps"])
+        if fps == 0 or not isinstance(data["source"], dict):
+            raise FormatError(f"{path}: fps must be above 0, and source an object")
+        actions = ActionSpec.from_dict(data["actions"], where=str(path))
+        return cls(**{**data, "actions": actions, "fps": fps})
 
     def write(self, folder: Path, /) -> None:
         """Write FOLDER/episodes.json, whole or not at all."""
@@ -129,14 +141,20 @@ class EpisodeWriter:
         return self
 
     def append(self, frame_HWC: Frames, /) -> None:
-        """Add the next frame, uint8 of the spec's height and width, RGB."""
+        """Add the next frame, uint8 of the spec's height and width, RGB.
+
+        Raises:
+            FormatError: if it has another size or dtype.
+            StorageError: if the disk refuses.
+        """
         shape = (self._spec.height, self._spec.width, 3)
         if frame_HWC.shape != shape or frame_HWC.dtype != np.uint8:
             raise FormatError(
                 f"{self._key}: frame {self._num_frames} is {frame_HWC.dtype} {frame_HWC.shape}, "
                 f"must be uint8 {shape}"
             )
-        self._waiting.append(frame_HWC)
+        # A copy: many environments draw every frame into the same buffer.
+        self._waiting.append(frame_HWC.copy())
         self._num_frames += 1
         if len(self._waiting) == PIECE_FRAMES:
             self._write_piece()
@@ -187,12 +205,10 @@ class EpisodeWriter:
         trace: TracebackType | None,
     ) -> None:
         if not self._finished:
-            try:
-                self._zip.close()
-                self._file.close()
-            except OSError:
-                pass  # the disk that refused the data refuses the closing too; the file goes anyway
-            self._temporary.unlink(missing_ok=True)
+            # The disk that refused the data refuses the closing too; the file goes anyway.
+            for close in (self._zip.close, self._file.close, self._temporary.unlink):
+                with suppress(OSError, ValueError):
+                    close()
 
     def _write_piece(self) -> None:
         index = (self._num_frames - 1) // PIECE_FRAMES
@@ -207,38 +223,57 @@ class EpisodeWriter:
 class Episode:
     """One recorded episode, read from its file; frames are read when asked for."""
 
+    num_frames: int
+    """Frames T of the episode."""
+    metadata: dict[str, Any]
+    """What the recorder noted: JSON values."""
+
     def __init__(self, path: Path, /, *, spec: EpisodesSpec) -> None:
         self.key = path.stem
         self.spec = spec
         self._path = path
         self._zip = self._open()
-        about = self._about()
-        self.num_frames: int = about["num_frames"]
-        """Frames T of the episode."""
-        self.metadata: dict[str, Any] = about["metadata"]
+        try:
+            self.num_frames, self.metadata = self._about()
+        except FormatError:
+            self.close()
+            raise
 
     def _open(self) -> zipfile.ZipFile:
+        if self._path.exists() and not self._path.is_file():
+            raise FormatError(f"{self._path}: not a regular file; expected an episode")
         try:
             return zipfile.ZipFile(self._path)
         except FileNotFoundError as error:
             raise FormatError(f"{self._path}: not found; expected an episode") from error
-        except (OSError, zipfile.BadZipFile, ValueError) as error:
+        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
             raise FormatError(f"{self._path}: not an episode, or cut short ({error})") from error
 
-    def _about(self) -> dict[str, Any]:
-        try:
-            about = json.loads(self._member("episode.json"))
-            num_frames, metadata = about["num_frames"], about["metadata"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise FormatError(f"{self._path}: episode.json is not readable ({error})") from error
-        if not isinstance(num_frames, int) or num_frames < 1 or not isinstance(metadata, dict):
-            raise FormatError(f"{self._path}: episode.json says {num_frames!r} frames")
-        return {"num_frames": num_frames, "metadata": metadata}
+    def _about(self) -> tuple[int, dict[str, Any]]:
+        where = f"{self._path}: episode.json"
+        about = parse_json(self._member("episode.json", _MAX_ABOUT_BYTES), where=where)
+        if not isinstance(about, dict) or set(about) != {"key", "num_frames", "metadata"}:
+            raise FormatError(f"{where}: must be an object with key, num_frames and metadata")
+        num_frames, metadata = about["num_frames"], about["metadata"]
+        check_count(where, "num_frames", num_frames)
+        names = self._zip.namelist()
+        # 2 or 3 more: episode.json, actions.npy and perhaps rewards.npy. A claim of more frames
+        # than there are members for must not decide how much memory is asked for.
+        if len(names) + num_frames // -PIECE_FRAMES not in (2, 3) or len(set(names)) < len(names):
+            raise FormatError(f"{self._path}: {len(names)} members do not make {num_frames} frames")
+        if not isinstance(metadata, dict):
+            raise FormatError(f"{where}: metadata must be an object")
+        if about["key"] != self.key:
+            raise FormatError(
+                f"{where}: of episode {about['key']!r:.60}; a file is named after its key"
+            )
+        return num_frames, metadata
 
     @property
     def actions(self) -> ActionArray:
         """The T - 1 raw actions; `spec.actions.encode` turns them into slots."""
-        raw = npy_array(self._member("actions.npy"), where=f"{self._path}: actions.npy")
+        limit = 8 * max(1, self.spec.actions.raw_width) * self.num_frames + _MAX_HEADER_BYTES
+        raw = npy_array(self._member("actions.npy", limit), where=f"{self._path}: actions.npy")
         return _check_actions(self.spec.actions, raw, self.num_frames, where=str(self._path))
 
     @property
@@ -246,7 +281,8 @@ class Episode:
         """The T - 1 rewards, if they were recorded."""
         if "rewards.npy" not in self._zip.namelist():
             return None
-        rewards = npy_array(self._member("rewards.npy"), where=f"{self._path}: rewards.npy")
+        content = self._member("rewards.npy", 4 * self.num_frames + _MAX_HEADER_BYTES)
+        rewards = npy_array(content, where=f"{self._path}: rewards.npy")
         if rewards.shape != (self.num_frames - 1,) or rewards.dtype != np.float32:
             raise FormatError(f"{self._path}: rewards.npy is {rewards.dtype} {rewards.shape}")
         return rewards
@@ -272,24 +308,34 @@ class Episode:
             yield self._piece(index)
 
     def _piece(self, index: int) -> Frames:
-        where = f"{self._path}: frames/{index:06d}.npy"
-        frames = npy_array(self._member(f"frames/{index:06d}.npy"), where=where)
+        name = f"frames/{index:06d}.npy"
+        where = f"{self._path}: {name}"
         count = min(PIECE_FRAMES, self.num_frames - index * PIECE_FRAMES)
         shape = (count, self.spec.height, self.spec.width, 3)
+        frames = npy_array(self._member(name, math.prod(shape) + _MAX_HEADER_BYTES), where=where)
         if frames.shape != shape or frames.dtype != np.uint8:
             raise FormatError(f"{where}: {frames.dtype} {frames.shape}, must be uint8 {shape}")
         return frames
 
-    def _member(self, name: str) -> bytes:
+    def _member(self, name: str, limit_bytes: int, /) -> bytes:
+        """Return the bytes of a member, which inflates to `limit_bytes` at most."""
         try:
-            if self._zip.getinfo(name).file_size > _MAX_MEMBER_BYTES:
-                raise FormatError(
-                    f"{self._path}: {name} claims more than {_MAX_MEMBER_BYTES} bytes"
-                )
-            return self._zip.read(name)
+            info = self._zip.getinfo(name)
         except KeyError as error:
             raise FormatError(f"{self._path}: {name} is missing") from error
-        except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError,
+        if info.file_size > limit_bytes:
+            raise FormatError(
+                f"{self._path}: {name} claims {info.file_size} bytes, more than the "
+                f"{limit_bytes} that it can need"
+            )
+        # LZMA and bzip2 inflate without a bound, so a small member could fill the memory.
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise FormatError(f"{self._path}: {name} is neither stored nor deflated")
+        try:
+            with self._zip.open(info) as file:
+                # With its size given, zipfile inflates no more than that, whatever is inside.
+                return file.read(info.file_size)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError,
                 RuntimeError) as error:  # fmt: skip
             raise FormatError(f"{self._path}: {name} is damaged ({error})") from error
 
@@ -310,7 +356,8 @@ class Episodes:
     def __init__(self, folder: Path, /) -> None:
         if not folder.is_dir():
             raise FormatError(
-                f"{folder}: no such folder; record episodes with `worldloom record --output {folder}`"
+                f"{folder}: no such folder; record episodes with "
+                f"`worldloom record --output {folder}`"
             )
         self.folder = folder
         self.spec = EpisodesSpec.read(folder)
@@ -328,7 +375,21 @@ class Episodes:
 
     def split(self, name: str, /) -> list[str]:
         """Return the keys of "train" or "validation", in order."""
-        return [key for i, key in enumerate(self.keys) if split_of(i, len(self.keys)) == name]
+        return [key for key in self.keys if self.split_of(key) == name]
+
+    def split_of(self, key: str, /) -> str:
+        """Return the split of one episode, "train" or "validation"."""
+        return split_of(bisect_left(self.keys, key), len(self.keys))
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of what the folder holds: its description, the keys, the files' sizes.
+
+        It tells a changed folder from the same one without reading terabytes; a byte that changes
+        inside an episode is found by that episode's own checksums.
+        """
+        sizes = {key: (self.folder / f"{key}.npz").stat().st_size for key in self.keys}
+        content = to_json({"spec": self.spec.to_dict(), "sizes": sizes})
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def split_of(index: int, total: int, /, *, every: int = 10) -> str:
@@ -345,9 +406,10 @@ def _check_actions(
     spec: ActionSpec, raw: ActionArray, num_frames: int, /, *, where: str
 ) -> ActionArray:
     """Return raw actions after checking their number and values."""
-    if len(raw) != num_frames - 1:
+    count = len(raw) if np.ndim(raw) else 0
+    if count != num_frames - 1:
         raise FormatError(
-            f"{where}: {len(raw)} actions for {num_frames} frames, must be {num_frames - 1}: "
+            f"{where}: {count} actions for {num_frames} frames, must be {num_frames - 1}: "
             "actions[i] leads from frame i to frame i + 1"
         )
     spec.encode(raw, where=f"{where}: actions")

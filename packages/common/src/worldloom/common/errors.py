@@ -1,12 +1,12 @@
 """Every exception we raise on purpose.
 
     WorldloomError
-        ConfigError        a setting is missing, unknown or contradictory   (fix the flag or the TOML)
-        ShapeError         a tensor does not have the shape its name says   (fix the caller)
-        FormatError        a file is not what its header or index claims    (rebuild the file)
-        MismatchError      two artifacts do not belong together             (pick another one)
-        StorageError       the disk refused a read or a write               (make room, mend rights)
-        TrainingError      training cannot go on: a loss is not finite      (turn down, look at the data)
+        ConfigError     a setting is missing, unknown or contradictory  (fix the flag or the TOML)
+        ShapeError      a tensor does not have the shape its name says  (fix the caller)
+        FormatError     a file is not what its header or index claims   (rebuild the file)
+        MismatchError   two artifacts do not belong together            (pick another one)
+        StorageError    the disk refused a read or a write              (make room, mend rights)
+        TrainingError   training cannot go on: a loss is not finite     (turn down, check the data)
 
 A bad argument of a function is a plain ValueError. `exit_code` is what the command line returns.
 """

@@ -9,17 +9,19 @@ place that the fault tests break: `failpoint`.
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from .errors import FormatError, StorageError
 
 _passes: Counter[str] = Counter()
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def failpoint(name: str) -> None:
@@ -38,15 +40,28 @@ def failpoint(name: str) -> None:
 
 
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an operating-system error inside the block into a sentence that names the path."""
+def storage_errors(path: Path, *, size_bytes: int | None = None) -> Iterator[None]:
+    """Turn an operating-system error inside the block into a sentence that names the path.
+
+    Args:
+        path: the file or folder that the block writes.
+        size_bytes: how much it wants to write, if that is known: the person must make this room.
+    """
     try:
         yield
     except OSError as error:
+        wanted = f"{size_bytes} bytes to write, " if size_bytes is not None else ""
         raise StorageError(
-            f"{path}: {error.strerror or error}; nothing was left half written. "
-            "Make room or mend the rights, then run the same command again to continue."
+            f"{path}: {error.strerror or error} ({wanted}{_free_bytes(path)} bytes free); "
+            "nothing was left half written. Make room or mend the rights, then run the same "
+            "command again to continue."
         ) from error
+
+
+def _free_bytes(path: Path) -> int:
+    """Return the free bytes of the disk that `path` lies or would lie on."""
+    there = next((p for p in path.absolute().parents if p.is_dir()), Path.cwd())
+    return shutil.disk_usage(there).free
 
 
 def fsync_folder(folder: Path) -> None:
@@ -58,15 +73,22 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomic(
+    path: Path, write: Callable[[BinaryIO], object], *, size_bytes: int | None = None
+) -> None:
     """Call `write` on a temporary file beside `path`, then move it there whole.
+
+    Args:
+        path: where the file shall stand.
+        write: writes the content; what it returns does not matter.
+        size_bytes: how much it will write, if that is known, for the error.
 
     Raises:
         StorageError: if the disk refuses; the temporary file is removed, an older file at `path`
             stays as it was.
     """
     temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
-    with storage_errors(path):
+    with storage_errors(path, size_bytes=size_bytes):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
@@ -79,13 +101,14 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
             failpoint("rename")
             fsync_folder(path.parent)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # the error that brought us here is the one to tell
+                temporary.unlink()
             raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    write_atomic(path, lambda file: file.write(content) and None)
+    write_atomic(path, lambda file: file.write(content), size_bytes=len(content))
 
 
 def to_json(content: object, *, indent: int | None = 2) -> str:
@@ -107,20 +130,59 @@ def read_json(path: Path, *, what: str, limit_bytes: int = 1 << 30) -> dict[str,
         limit_bytes: refuse larger files; a stranger's file must not fill the memory.
 
     Raises:
-        FormatError: if the file is missing, too large, not JSON or not an object.
+        FormatError: if the file is missing, too large, not JSON (NaN and Infinity are not) or not
+            an object.
     """
-    try:
-        size = path.stat().st_size
-        if size > limit_bytes:
-            raise FormatError(f"{path}: {size} bytes is too large for {what}")
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise FormatError(f"{path}: not found; expected {what}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: cannot be read as {what} ({error})") from error
+    content = parse_json(read_limited(path, what=what, limit_bytes=limit_bytes), where=str(path))
     if not isinstance(content, dict):
         raise FormatError(f"{path}: expected {what}, a JSON object, got {type(content).__name__}")
     return content
+
+
+def read_limited(path: Path, /, *, what: str, limit_bytes: int) -> bytes:
+    """Return the bytes of a regular file of at most `limit_bytes`; `what` it is, for the error.
+
+    Raises:
+        FormatError: if it is missing, a folder, a pipe or a device, too large or unreadable.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe would hang us, /dev/zero never end
+            raise FormatError(f"{path}: not a regular file; expected {what}")
+        size = path.stat().st_size
+        if size > limit_bytes:
+            raise FormatError(f"{path}: {size} bytes is too large for {what}")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise FormatError(f"{path}: not found; expected {what}") from error
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: cannot be read as {what} ({error})") from error
+
+
+def parse_json(content: bytes, /, *, where: str) -> Any:
+    """Return the JSON value that `content` holds.
+
+    Raises:
+        FormatError: if it is not JSON; NaN and Infinity are not.
+    """
+    try:
+        return json.loads(content.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: cannot be read as JSON ({error})") from error
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def plain_name(name: object, /, *, where: str) -> str:
+    """Return a file name from a stranger's table if it stays inside its folder.
+
+    Raises:
+        FormatError: if it is a path, hidden, longer than 128 or of other than A-Z a-z 0-9 . _ -
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise FormatError(f"{where}: file name {name!r:.60} must be a plain name in this folder")
+    return name
 
 
 def file_sha256(path: Path) -> str:
@@ -133,36 +195,78 @@ def file_sha256(path: Path) -> str:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `folder` when the block ends well.
 
-    An existing `folder` is replaced. Every file inside is fsynced first.
+    An existing `folder` is replaced. Every file inside is fsynced first. POSIX cannot exchange two
+    folders in one call, so the old one steps aside for a moment; a kill in that moment leaves
+    both, whole, under temporary names, and `settle_folder` finishes the exchange.
     """
     temporary = folder.with_name(f"tmp-{os.getpid()}-{folder.name}")
     old = folder.with_name(f"tmp-old-{os.getpid()}-{folder.name}")
     with storage_errors(folder):
+        settle_folder(folder)
         try:
+            # A killed process may have had our number (containers count from 1 every time).
             shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
-            for file in sorted(temporary.rglob("*")):
-                if file.is_file():
-                    with file.open("rb") as opened:
-                        os.fsync(opened.fileno())
-            fsync_folder(temporary)
+            _fsync_tree(temporary)
             failpoint("folder-fsync")
             if folder.exists():
                 os.replace(folder, old)
+                failpoint("folder-aside")
             os.replace(temporary, folder)
             failpoint("folder-rename")
             fsync_folder(folder.parent)
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
+def _fsync_tree(folder: Path) -> None:
+    """Make every file in a folder, and every name, durable."""
+    for path in (*sorted(folder.rglob("*")), folder):
+        if path.is_dir():
+            fsync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def settle_folder(folder: Path, /) -> None:
+    """Finish what a kill left between the two renames of `atomic_folder`, if it did.
+
+    The sign of that moment: no `folder`, but the old one and the new one of the same process. The
+    new one was durable before the old one stepped aside, so it takes the place.
+    """
+    if folder.exists() or not folder.parent.is_dir():
+        return
+    for old in folder.parent.glob("tmp-old-*"):
+        number, _, name = old.name.removeprefix("tmp-old-").partition("-")
+        new = folder.with_name(f"tmp-{number}-{name}")
+        if name == folder.name and new.is_dir():
+            with storage_errors(folder):
+                os.replace(new, folder)
+            return
+
+
+def settle_folders(parent: Path, /) -> None:
+    """Call `settle_folder` for every folder of `parent` that a kill may have cut in two."""
+    for old in sorted(parent.glob("tmp-old-*")):
+        settle_folder(parent / old.name.removeprefix("tmp-old-").partition("-")[2])
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left in a folder: everything named tmp-*."""
+    """Settle what killed processes left in a folder, then delete everything named tmp-*.
+
+    For the one process that writes there: what another is writing just now would go too.
+    """
+    settle_folders(folder)
     for leftover in folder.glob("tmp-*"):
-        if leftover.is_dir():
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
-            leftover.unlink(missing_ok=True)
+            with suppress(OSError):
+                leftover.unlink()

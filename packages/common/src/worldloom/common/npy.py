@@ -1,6 +1,7 @@
 """npy bytes <-> arrays, for files that may come from strangers.
 
-    array -> npy_bytes -> bytes           bytes at an offset -> npy_layout -> (dtype, shape, data offset)
+    array              -> npy_bytes  -> bytes
+    bytes at an offset -> npy_layout -> (dtype, shape, data offset)
 
 Only plain numbers in C order, versions 1.0 and 2.0 (NumPy enhancement proposal 1). The header is
 checked against the bytes that are there *before* anything is allocated: a forged one may ask for
@@ -19,6 +20,13 @@ import numpy.typing as npt
 from .errors import FormatError
 
 _MAX_HEADER = 10_000
+_MAX_AXES = 32
+
+
+_READ_HEADER = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +41,7 @@ class NpyLayout:
 
 def npy_bytes(array: npt.NDArray[Any], /) -> bytes:
     """Return an array as npy 1.0, little-endian and in C order: the same array, the same bytes."""
-    array = np.ascontiguousarray(array)
-    array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    array = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
@@ -49,25 +56,27 @@ def npy_layout(file: BinaryIO, size_bytes: int, /, *, where: str) -> NpyLayout:
     """
     start = file.tell()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            version = np.lib.format.read_magic(file)
-            if version == (1, 0):
-                header = np.lib.format.read_array_header_1_0(file, max_header_size=_MAX_HEADER)
-            elif version == (2, 0):
-                header = np.lib.format.read_array_header_2_0(file, max_header_size=_MAX_HEADER)
-            else:
-                raise FormatError(f"{where}: npy version {version}, readable are 1.0 and 2.0")
-    except FormatError:
-        raise
+        version = np.lib.format.read_magic(file)
+        read_header = _READ_HEADER.get(version)
+        if read_header is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # numpy's advice on headers written by Python 2
+                header = read_header(file, max_header_size=_MAX_HEADER)
     except Exception as error:  # numpy raises ValueError, SyntaxError, TypeError, TokenError, ...
-        raise FormatError(f"{where}: not an npy array ({error})") from error
+        raise FormatError(f"{where}: not an npy array ({error!s:.200})") from error
+    if read_header is None:
+        raise FormatError(f"{where}: npy version {version}, readable are 1.0 and 2.0")
     shape, fortran_order, dtype = header
     offset = file.tell() - start
     if dtype.hasobject or dtype.kind not in "biuf" or dtype.subdtype is not None:
         raise FormatError(f"{where}: dtype {dtype}, only plain numbers are read")
-    if any(not isinstance(length, int) or length < 0 for length in shape):
-        raise FormatError(f"{where}: shape {shape} in an npy header")
+    # numpy multiplies the lengths that are not 0, so (0, 10**30) would overflow it at no bytes.
+    if (
+        len(shape) > _MAX_AXES
+        or any(type(length) is not int or length < 0 for length in shape)
+        or math.prod(length or 1 for length in shape) * dtype.itemsize > 1 << 62
+    ):
+        raise FormatError(f"{where}: shape {shape!s:.80} in an npy header")
     if fortran_order and len(shape) > 1:
         raise FormatError(f"{where}: an array in Fortran order; write it in C order")
     wanted = math.prod(shape) * dtype.itemsize

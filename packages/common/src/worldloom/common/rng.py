@@ -6,6 +6,7 @@ A new purpose never shifts an old one's numbers, and nothing reads a global seed
 """
 
 import hashlib
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 def derive_seed(seed: int, /, *purpose: str | int) -> int:
     """Return an int in [0, 2**63) that depends on the seed and on every word of the purpose."""
-    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    # numpy's integers and strings print otherwise than Python's, yet mean the same purpose.
+    words = tuple(str(w) if isinstance(w, str) else operator.index(w) for w in (seed, *purpose))
+    digest = hashlib.sha256(repr(words).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .config import to_plain
 from .errors import FormatError
-from .files import storage_errors, write_bytes, write_json
+from .files import parse_json, read_limited, storage_errors, write_bytes, write_json
 
 Item = TypeVar("Item")
 
@@ -37,7 +37,7 @@ _PACKAGES = (
 
 def environment() -> dict[str, Any]:
     """Return Python, platform and the versions of what we build on: what a result depends on."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)
@@ -60,6 +60,7 @@ class RunLog:
             run.mkdir(parents=True, exist_ok=True)
         write_bytes(run / "config.toml", tomli_w.dumps(to_plain(config)).encode())
         write_json(run / "env.json", environment())
+        self._drop_torn_line()
 
     def say(self, text: str, /) -> None:
         """Say one line to the person and to log.txt."""
@@ -70,7 +71,10 @@ class RunLog:
 
     def metrics(self, step: int, /, **values: float) -> None:
         """Append one line of numbers to metrics.jsonl; a value that is not finite becomes null."""
-        row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+        row: dict[str, float | None] = {"step": step}
+        for name, value in values.items():
+            plain = value if isinstance(value, int) else float(value)  # numpy's are not JSON's
+            row[name] = plain if math.isfinite(plain) else None
         with storage_errors(self.run), (self.run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -81,24 +85,30 @@ class RunLog:
             rows = [row for row in read_metrics(self.run) if row["step"] <= step]
             write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
+    def _drop_torn_line(self) -> None:
+        """Cut off a last line that a kill tore, or the next one would be glued to it."""
+        path = self.run / "metrics.jsonl"
+        with storage_errors(path):
+            content = path.read_bytes() if path.exists() else b""
+            if content and not content.endswith(b"\n"):
+                write_bytes(path, content[: content.rfind(b"\n") + 1])
+
 
 def read_metrics(run: Path, /) -> list[dict[str, Any]]:
     """Return the rows of RUN/metrics.jsonl; a torn last line (a killed run) is left out.
 
     Raises:
-        FormatError: if there is no such file.
+        FormatError: if there is no such file, or another line than the last is not a row.
     """
     path = run / "metrics.jsonl"
-    if not path.exists():
-        raise FormatError(f"{path}: not found; expected the metrics of a run")
+    content = read_limited(path, what="the metrics of a run", limit_bytes=1 << 30)
+    *lines, _torn = content.split(b"\n")
     rows = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
+    for number, line in enumerate(lines, start=1):
+        row = parse_json(line, where=f"{path}: line {number}")
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise FormatError(f"{path}: line {number} has no step")
+        rows.append(row)
     return rows
 
 
@@ -126,8 +136,11 @@ def progress(
     count = total if total is not None else len(items) + done  # type: ignore[arg-type]
     if sys.stderr.isatty():
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(what, total=count, completed=done)
             for item in items:

@@ -7,6 +7,7 @@ Both are plain values that travel inside manifests, model directories and checkp
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
@@ -23,19 +24,33 @@ ResizeRule = Literal["exact", "stretch", "crop", "pad"]
     pad      scaled until both axes fit, then black bars
 """
 
+_COMPUTE_DTYPES = ("float32", "bfloat16")
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
-def _check_keys(cls: type, data: Mapping[str, Any], where: str) -> None:
+
+def check_fields(cls: type, data: Mapping[str, Any], /, *, where: str) -> None:
+    """Refuse a table that has not exactly the fields of a dataclass."""
     known = {field.name for field in fields(cls)}
-    for key in sorted(set(data) ^ known):
+    for key in sorted(set(data) ^ known, key=str):
         verb = "has an unknown" if key in data else "lacks the"
-        raise FormatError(f"{where}: {cls.__name__} {verb} field {key!r}")
+        raise FormatError(f"{where}: {cls.__name__} {verb} field {key!r:.60}")
 
 
-def _check_count(
-    where: str, name: str, value: object, *, low: int = 1, high: int = 1 << 31
+def check_count(
+    where: str, name: str, value: object, /, *, low: int = 1, high: int = 1 << 31
 ) -> None:
+    """Refuse anything but an integer in [low, high]."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise FormatError(f"{where}: {name} must be an integer in [{low}, {high}], got {value!r}")
+        raise FormatError(
+            f"{where}: {name} must be an integer in [{low}, {high}], got {value!r:.60}"
+        )
+
+
+def check_rate(where: str, name: str, value: object, /) -> float:
+    """Return a number in [0, 10**6) as a float; frames per second, for example."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e6:
+        raise FormatError(f"{where}: {name} must be a number in [0, 1000000), got {value!r:.60}")
+    return float(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +73,7 @@ class CodeSpec:
     def __post_init__(self) -> None:
         """Refuse sizes that no array can have."""
         for field in fields(self):
-            _check_count("CodeSpec", field.name, getattr(self, field.name))
+            check_count("CodeSpec", field.name, getattr(self, field.name))
 
     @property
     def cells(self) -> int:
@@ -83,7 +98,7 @@ class CodeSpec:
         return 1 + (latent_frames - 1) * self.frames_per_latent
 
     def codes_shape(self, latent_frames: int, /) -> tuple[int, ...]:
-        """Return the shape of a code array of that many latent frames: (t, h, w) or (t, h, w, Q)."""
+        """Return the shape of the codes of that many latent frames: (t, h, w) or (t, h, w, Q)."""
         levels = (self.num_levels,) if self.num_levels > 1 else ()
         return (latent_frames, self.grid_height, self.grid_width, *levels)
 
@@ -96,9 +111,9 @@ class CodeSpec:
         """Rebuild from JSON values; `where` names the file in errors."""
         if not isinstance(data, Mapping):
             raise FormatError(f"{where}: CodeSpec must be an object, got {type(data).__name__}")
-        _check_keys(cls, data, where)
+        check_fields(cls, data, where=where)
         for name, value in data.items():
-            _check_count(where, f"CodeSpec.{name}", value)
+            check_count(where, f"CodeSpec.{name}", value)
         return cls(**data)
 
 
@@ -133,22 +148,27 @@ class TokenizerSpec:
         """Rebuild from JSON values; `where` names the file in errors."""
         if not isinstance(data, Mapping):
             raise FormatError(f"{where}: TokenizerSpec must be an object, got {data!r:.40}")
-        _check_keys(cls, data, where)
+        check_fields(cls, data, where=where)
         for name in ("height", "width"):
-            _check_count(where, f"TokenizerSpec.{name}", data[name], high=1 << 16)
-        _check_count(where, "TokenizerSpec.frame_skip", data["frame_skip"], low=0)
+            check_count(where, f"TokenizerSpec.{name}", data[name], high=1 << 16)
+        check_count(where, "TokenizerSpec.frame_skip", data["frame_skip"], low=0)
+        fps = check_rate(where, "TokenizerSpec.fps", data["fps"])
         for name in ("name", "resize", "compute_dtype", "fingerprint"):
             if not isinstance(data[name], str):
                 raise FormatError(f"{where}: TokenizerSpec.{name} must be a string")
-        if data["resize"] not in get_args(ResizeRule):
+        for name, known in (("resize", get_args(ResizeRule)), ("compute_dtype", _COMPUTE_DTYPES)):
+            if data[name] not in known:
+                raise FormatError(
+                    f"{where}: TokenizerSpec.{name} is {data[name]!r:.60}; "
+                    f"known are {', '.join(known)}"
+                )
+        if not _FINGERPRINT.fullmatch(data["fingerprint"]):
             raise FormatError(
-                f"{where}: TokenizerSpec.resize is {data['resize']!r}; "
-                f"known rules: {', '.join(get_args(ResizeRule))}"
+                f"{where}: TokenizerSpec.fingerprint is {data['fingerprint']!r:.70}, "
+                "must be a SHA-256, 64 hexadecimal digits"
             )
-        if not isinstance(data["fps"], int | float) or not 0 <= data["fps"] < 1e6:
-            raise FormatError(f"{where}: TokenizerSpec.fps must be a number >= 0")
         codes = CodeSpec.from_dict(data["codes"], where=where)
-        return cls(**{**data, "codes": codes, "fps": float(data["fps"])})
+        return cls(**{**data, "codes": codes, "fps": fps})
 
     def require(self, other: "TokenizerSpec", /, *, here: str, there: str) -> None:
         """Refuse another tokenizer than this one, naming every field that differs.

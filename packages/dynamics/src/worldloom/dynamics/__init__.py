@@ -1,1 +1,34 @@
-"""stub"""
+"""Dynamics: predict the next latent frame's codes from past codes and actions. Knows no pixels."""
+
+from typing import TYPE_CHECKING
+
+from worldloom.common import lazy_exports
+
+if TYPE_CHECKING:
+    from .actions import NULL as NULL
+    from .config import DynamicsConfig as DynamicsConfig
+    from .config import DynamicsTrainingConfig as DynamicsTrainingConfig
+    from .config import SamplingConfig as SamplingConfig
+    from .model import DynamicsModel as DynamicsModel
+    from .model import DynamicsSpec as DynamicsSpec
+    from .rollout import Rollout as Rollout
+    from .rollout import Snapshot as Snapshot
+    from .rollout import generate_codes as generate_codes
+    from .sampling import sample_codes as sample_codes
+    from .training import cross_entropy as cross_entropy
+    from .training import train_dynamics_model as train_dynamics_model
+    from .windows import WindowBatch as WindowBatch
+    from .windows import Windows as Windows
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "actions": ("NULL",),
+        "config": ("DynamicsConfig", "DynamicsTrainingConfig", "SamplingConfig"),
+        "model": ("DynamicsModel", "DynamicsSpec"),
+        "rollout": ("Rollout", "Snapshot", "generate_codes"),
+        "sampling": ("sample_codes",),
+        "training": ("cross_entropy", "train_dynamics_model"),
+        "windows": ("WindowBatch", "Windows"),
+    },
+)

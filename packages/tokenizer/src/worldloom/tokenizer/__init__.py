@@ -1,1 +1,35 @@
-"""stub"""
+"""Tokenizer: pixels to codes and back, and how to train what does it."""
+
+from typing import TYPE_CHECKING
+
+from worldloom.common import lazy_exports
+
+if TYPE_CHECKING:
+    from .clips import Clips as Clips
+    from .config import QuantizerConfig as QuantizerConfig
+    from .config import TokenizerConfig as TokenizerConfig
+    from .config import TokenizerTrainingConfig as TokenizerTrainingConfig
+    from .losses import usage as usage
+    from .model import ImageTokenizer as ImageTokenizer
+    from .model import Trained as Trained
+    from .model import load_tokenizer as load_tokenizer
+    from .pixels import resize_frames as resize_frames
+    from .pixels import to_frames as to_frames
+    from .pixels import to_video as to_video
+    from .protocol import DecoderSession as DecoderSession
+    from .protocol import EncoderSession as EncoderSession
+    from .protocol import VideoTokenizer as VideoTokenizer
+    from .training import train_image_tokenizer as train_image_tokenizer
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "clips": ("Clips",),
+        "config": ("QuantizerConfig", "TokenizerConfig", "TokenizerTrainingConfig"),
+        "losses": ("usage",),
+        "model": ("ImageTokenizer", "Trained", "load_tokenizer"),
+        "pixels": ("resize_frames", "to_frames", "to_video"),
+        "protocol": ("DecoderSession", "EncoderSession", "VideoTokenizer"),
+        "training": ("train_image_tokenizer",),
+    },
+)

@@ -1,0 +1,48 @@
+# worldloom: the same targets for people and for .ci/run. `make` alone lists them.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+BIN := .venv/bin
+STAMP := .venv/installed
+PROJECTS := pyproject.toml $(wildcard packages/*/pyproject.toml)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo play test lint check clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(STAMP)  ## install everything into .venv (some minutes, about 6 GB)
+
+# The stamp is written last, so an installation that was cut short is done again.
+$(STAMP): $(PROJECTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'error: $(PYTHON) is missing or older than 3.11; name another: make setup PYTHON=python3.12' >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; \
+	  echo 'error: $(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv' >&2; exit 1; }
+	@echo 'installing worldloom and what it needs into .venv' >&2
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input $(PIP_FLAGS) \
+	  -e packages/common -e packages/tokenizer -e packages/dynamics -e '.[envs,test]'
+	@touch $@
+
+demo: setup  ## play, learn, imagine: the whole chain, then runs/demo/report.html
+	$(BIN)/worldloom demo --output runs/demo
+
+play:  ## not yet: playing in the browser comes with a later release
+	@echo 'Playing in the browser comes with a later release; for now, steer a model with actions'
+	@echo 'that you write down: $(BIN)/worldloom generate --help'
+
+test: setup  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: setup  ## format, lint, types, import contracts; changes nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test  ## lint, then test: what a change must pass
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist
+	find packages pipelines tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,62 @@
+"""What two training loops share about updates: parameter groups, schedule, state as tensors.
+
+optimizer        -> optimizer_tensors ->  {"0.exp_avg": ..., "0.step": ...}, for a checkpoint
+the same tensors -> load_optimizer    ->  the optimizer, to the last bit
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .errors import FormatError
+
+
+def decay_groups(model: nn.Module, /, *, weight_decay: float) -> list[dict[str, object]]:
+    """Return parameter groups in which only matrices and kernels decay, never norms or biases."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def warmup_cosine(step: int, /, *, warmup_steps: int, num_steps: int, floor: float = 0.01) -> float:
+    """Return the factor on the learning rate at update `step` >= 0: up, then down to `floor`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float, /) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, /) -> dict[str, Tensor]:
+    """Return the optimizer's state as named tensors; its settings come from the config."""
+    return {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], /, *, where: str
+) -> None:
+    """Put a saved state back.
+
+    Raises:
+        FormatError: if a name is not one of this optimizer's.
+    """
+    state: dict[int, dict[str, Tensor]] = {}
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        if not index.isdigit() or int(index) >= count or not key:
+            raise FormatError(f"{where}: {name!r} is no state of this optimizer")
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,0 +1,28 @@
+"""Meta tokens: learned tokens in front of every sequence, seen by all, never predicted.
+
+    B  ->  tokens_BMD, M meta tokens
+
+They carry no position. In a rollout they stay in the cache for ever, as attention sinks, while
+old frames slide out. Drawn with standard deviation 0.02: genie2-pytorch starts them at zero,
+where a normalising layer divides zero by zero's length and nothing learns.
+
+Source: Hymba (arXiv:2411.13676); attention sinks, arXiv:2309.17453.
+"""
+
+import torch
+from einops import repeat
+from torch import Tensor, nn
+
+STD = 0.02
+
+
+class MetaTokens(nn.Module):
+    """M learned tokens."""
+
+    def __init__(self, num_tokens: int, dim: int) -> None:
+        super().__init__()
+        self.tokens_MD = nn.Parameter(torch.randn(num_tokens, dim) * STD)
+
+    def forward(self, batch: int, /) -> Tensor:
+        """Return tokens_BMD."""
+        return repeat(self.tokens_MD, "M D -> B M D", B=batch)

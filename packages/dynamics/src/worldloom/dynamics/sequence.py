@@ -1,0 +1,100 @@
+"""Codes and actions -> what every token is fed, where it stands and what it sees.
+
+    codes_BtS, slots_BTA  ->  Feed: codes of the same cell one frame before, codes beside, actions
+    frames, cells         ->  places (frame, row, column) and the mask of what may be seen
+
+There is one token per cell and latent frame, and it predicts that cell's code. Its input never
+holds that code; it holds
+
+    the same cell's code one latent frame before        (every order)
+    the code before it (raster) or above it (row)        of the same frame; nothing for `frame`
+    the actions that lead to the frame                   r of them, A slots each
+
+which is next-token prediction with the shift written out: a cell's own place is at the token that
+predicts it, so a frame whose cells are decided together needs no placeholder tokens. Frame 0 is
+given; with order `frame` it needs no tokens of its own, as the tokens of frame 1 carry it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import Order
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The cells of a latent frame, and in which order they are decided."""
+
+    height: int
+    width: int
+    order: Order
+
+    @property
+    def cells(self) -> int:
+        """Cells per latent frame, S."""
+        return self.height * self.width
+
+    @property
+    def first_frame(self) -> int:
+        """The first latent frame that has tokens of its own."""
+        return 1 if self.order == "frame" else 0
+
+    @property
+    def group(self) -> int:
+        """Cells that are decided together."""
+        return {"raster": 1, "row": self.width, "frame": self.cells}[self.order]
+
+    @property
+    def beside(self) -> int:
+        """How many cells back the code lies that a token is fed from its own frame; 0 for none."""
+        return {"raster": 1, "row": self.width, "frame": 0}[self.order]
+
+    def groups(self) -> list[tuple[int, int]]:
+        """Return the [start, stop) of the cells of every forward, in order."""
+        return [(start, start + self.group) for start in range(0, self.cells, self.group)]
+
+    def places(
+        self, first: int, last: int, start: int = 0, stop: int | None = None, /
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (frames_L, rows_L, columns_L) of cells [start, stop) of frames [first, last)."""
+        cells = torch.arange(start, self.cells if stop is None else stop)
+        frames_L = torch.arange(first, last).repeat_interleave(len(cells))
+        cells_L = cells.repeat(last - first)
+        return frames_L, cells_L // self.width, cells_L % self.width
+
+
+def shift_beside(codes_BtS: Tensor, grid: Grid, /, *, pad: int) -> Tensor:
+    """Return, for every cell, the code that it is fed from its own frame.
+
+    Cell c gets the code of cell c - grid.beside; the first cells of a frame get `pad`.
+    """
+    if grid.beside == 0:
+        return torch.full_like(codes_BtS, pad)
+    padding = torch.full_like(codes_BtS[..., : grid.beside], pad)
+    return torch.cat([padding, codes_BtS[..., : -grid.beside]], dim=-1)
+
+
+def shift_before(codes_BtS: Tensor, /, *, pad: int) -> Tensor:
+    """Return the codes of the same cell one latent frame before; `pad` for the first frame."""
+    return torch.cat([torch.full_like(codes_BtS[:, :1], pad), codes_BtS[:, :-1]], dim=1)
+
+
+def sight_mask(
+    frames_L: Tensor, cells_L: Tensor, /, *, grid: Grid, context_frames: int, num_meta: int
+) -> Tensor:
+    """Return mask_LL, True where the token of a row may see that of a column, meta tokens first.
+
+    Meta tokens see each other; every token sees them, the frames before its own up to
+    `context_frames` in all, and of its own frame the groups up to its own.
+    """
+    group_L = cells_L // grid.group
+    behind = frames_L[:, None] - frames_L[None, :]
+    earlier = (behind > 0) & (behind < context_frames)
+    beside = (behind == 0) & (group_L[None, :] <= group_L[:, None])
+    length = num_meta + len(frames_L)
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    mask[:, :num_meta] = True
+    mask[num_meta:, num_meta:] = earlier | beside
+    return mask

@@ -1,0 +1,220 @@
+"""Our image tokenizer: config, encode, decode, spec, from_pretrained.
+
+    frames_BTHWC uint8  ->  codes_Bthw  ->  frames_BTHWC uint8
+
+An image encoder and decoder with a causal convolution on either side of a vector quantizer
+(genie2-pytorch's design). One latent frame covers one frame; a cell covers `config.stride` pixels a side.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from worldloom.common import (
+    FormatError,
+    ShapeError,
+    TokenizerSpec,
+    bind_shape,
+    build,
+    fingerprint,
+    library_seed,
+    load_model,
+    load_weights,
+    save_model,
+    to_plain,
+)
+
+from .config import TokenizerConfig
+from .decoder import Decoder
+from .encoder import Encoder
+from .quantizers import VQ
+from .streaming import ImageDecoderSession, ImageEncoderSession
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What the tokenizer was trained on, which its spec repeats."""
+
+    fps: float
+    frame_skip: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reconstruction:
+    """What one training forward gives."""
+
+    video_BCTHW: Tensor
+    codes_Bthw: Tensor
+    quantizer_loss: Tensor
+
+
+class ImageTokenizer(nn.Module):
+    """The tokenizer named "image". Implements VideoTokenizer."""
+
+    name = "image"
+
+    def __init__(
+        self,
+        config: TokenizerConfig,
+        *,
+        trained: Trained,
+        seed: int = 0,
+        tokens_per_step: int = 2048,
+    ) -> None:
+        """Build it with fresh weights.
+
+        Args:
+            config: its sizes.
+            trained: fps and frame skip of its episodes.
+            seed: of the weights.
+            tokens_per_step: latents per training step; see `VQ`.
+        """
+        super().__init__()
+        self.config = config
+        self.trained = trained
+        with library_seed(seed, "tokenizer-weights"):
+            self.encoder = Encoder(config)
+            self.decoder = Decoder(config)
+            self.quantizer = VQ(config.quantizer, tokens_per_step=tokens_per_step)
+        self._spec: TokenizerSpec | None = None
+
+    def forward(self, video_BCTHW: Tensor, /) -> Reconstruction:
+        """Encode and decode whole clips at once, for training."""
+        h, w = self.config.code_spec.grid_height, self.config.code_spec.grid_width
+        latents_BZthw, _ = self.encoder(video_BCTHW)
+        quantized_BNZ, codes_BN, loss = self.quantizer(
+            rearrange(latents_BZthw, "B Z t h w -> B (t h w) Z")
+        )
+        quantized_BZthw = rearrange(quantized_BNZ, "B (t h w) Z -> B Z t h w", h=h, w=w)
+        video_BCTHW, _ = self.decoder(quantized_BZthw)
+        return Reconstruction(
+            video_BCTHW, rearrange(codes_BN, "B (t h w) -> B t h w", h=h, w=w), loss
+        )
+
+    @property
+    def spec(self) -> TokenizerSpec:
+        """What its codes mean, and its fingerprint.
+
+        Computed once, on the first use outside training; weights must not change afterwards.
+        """
+        if self._spec is None or self.training:
+            digest = fingerprint(
+                {"name": self.name, **to_plain(self.config)},
+                ((name, _bytes(tensor)) for name, tensor in self.state_dict().items()),
+            )
+            self._spec = TokenizerSpec(
+                name=self.name,
+                codes=self.config.code_spec,
+                height=self.config.height,
+                width=self.config.width,
+                resize=self.config.resize,
+                fps=self.trained.fps,
+                frame_skip=self.trained.frame_skip,
+                compute_dtype="float32",
+                fingerprint=digest,
+            )
+        return self._spec
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codebook vectors codebook_VZ, float32."""
+        return self.quantizer.codebook
+
+    def open_encoder(self) -> ImageEncoderSession:
+        """Return a session that encodes streams from their first frame on."""
+        return ImageEncoderSession(self.encoder, self.quantizer, self.config.code_spec)
+
+    def open_decoder(self) -> ImageDecoderSession:
+        """Return a session that decodes streams from their first latent frame on."""
+        return ImageDecoderSession(self.decoder, self.quantizer, self.config.code_spec)
+
+    def encode(self, frames_BTHWC: Tensor, /) -> Tensor:
+        """Return codes_Bthw, int64 in [0, V).
+
+        Args:
+            frames_BTHWC: uint8, of the spec's height and width, at least one frame.
+
+        Raises:
+            ShapeError: if the frames are of another size, dtype or number.
+        """
+        bind_shape(
+            "frames", frames_BTHWC, "B T H W C", H=self.config.height, W=self.config.width, C=3
+        )
+        if frames_BTHWC.dtype != torch.uint8:
+            raise ShapeError(f"frames: dtype {frames_BTHWC.dtype}, must be uint8 in [0, 255]")
+        if frames_BTHWC.shape[0] == 0 or frames_BTHWC.shape[1] == 0:
+            raise ShapeError("frames: there are none; a video has at least one frame")
+        return self.open_encoder().push(frames_BTHWC)
+
+    def decode(self, codes_Bthw: Tensor, /, *, num_frames: int) -> Tensor:
+        """Return frames_BTHWC, uint8.
+
+        Args:
+            codes_Bthw: integers in [0, V), on the spec's grid.
+            num_frames: how many frames to return, at most t.
+
+        Raises:
+            ShapeError: if the grid is another, or the codes cover fewer frames.
+            FormatError: if a code is outside the vocabulary.
+        """
+        t = bind_shape("codes", codes_Bthw, "B t h w")["t"]
+        if not 1 <= num_frames <= t:
+            raise ShapeError(f"codes: {t} latent frames cover {t} frames, asked for {num_frames}")
+        vocab_size = self.config.quantizer.vocab_size
+        if codes_Bthw.min() < 0 or codes_Bthw.max() >= vocab_size:
+            raise FormatError(
+                f"codes: values in [{codes_Bthw.min()}, {codes_Bthw.max()}], "
+                f"must be in [0, {vocab_size})"
+            )
+        return self.open_decoder().push(codes_Bthw[:, :num_frames])
+
+    def save(self, folder: Path, /, *, card: str) -> None:
+        """Write a model directory that `from_pretrained` reads."""
+        config = {
+            "name": self.name,
+            "tokenizer": to_plain(self.config),
+            "trained": to_plain(self.trained),
+            "fingerprint": self.spec.fingerprint,
+        }
+        save_model(folder, kind="tokenizer", config=config, weights=self.state_dict(), card=card)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, /, *, device: str = "cpu") -> Self:
+        """Load a model directory, ready to encode and decode.
+
+        Raises:
+            FormatError: if a file is missing, altered, or does not fit the config.
+        """
+        config, weights = load_model(folder, kind="tokenizer")
+        where = str(folder / "config.json")
+        if set(config) != {"name", "tokenizer", "trained", "fingerprint"}:
+            raise FormatError(f"{where}: lacks a field of a tokenizer's config")
+        model = cls(
+            build(TokenizerConfig, config["tokenizer"], where=where, error=FormatError),
+            trained=build(Trained, config["trained"], where=where, error=FormatError),
+        )
+        load_weights(model, weights, where=str(folder))
+        model.eval().requires_grad_(requires_grad=False)
+        if model.spec.fingerprint != config["fingerprint"]:
+            raise FormatError(
+                f"{folder}: the weights have fingerprint {model.spec.fingerprint[:16]}, config.json "
+                f"says {str(config['fingerprint'])[:16]}; the folder was put together from two"
+            )
+        return model.to(device)
+
+
+def load_tokenizer(folder: Path, /, *, device: str = "cpu") -> ImageTokenizer:
+    """Load the tokenizer of a model directory, whatever its kind.
+
+    Raises:
+        FormatError: if it is missing, damaged, or of a kind that is not installed.
+    """
+    return ImageTokenizer.from_pretrained(folder, device=device)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """Return the little-endian bytes of a tensor in row-major order."""
+    return tensor.detach().cpu().contiguous().numpy().tobytes()

@@ -1,0 +1,4 @@
+"""Latents <-> codes. Every quantizer joins through one adapter; see `Quantizer`."""
+
+from .adapter import Quantizer as Quantizer
+from .vq import VQ as VQ

@@ -1,0 +1,129 @@
+"""Where the actions of a rollout come from: words, a file, a policy.
+
+"MOVE_RIGHT*12,NOOP*4"            -> written_actions -> slots_TA
+actions.json | .npy | .txt        -> written_actions -> slots_TA
+a spec and a generator            -> random_actions, sticky_actions -> slots_TA
+a spec                            -> single_actions  -> each action there is, by name
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from worldloom.common import ActionSpec, FormatError, SlotArray, npy_array, storage_errors
+
+STICKY = 0.85
+"""Chance that a sticky policy keeps its action: held keys, as people hold them."""
+
+_FILES = (".json", ".npy", ".txt")
+
+
+def written_actions(text: str, /, *, spec: ActionSpec) -> SlotArray:
+    """Return slots_TA of actions that a person wrote, as words or as the name of a file.
+
+    Words are separated by commas, `MOVE_RIGHT*12,ATTACK*2`; where an action itself contains commas
+    (one number an axis) by semicolons, `0.5,0*12;0,0*4`. A file is a .json list of such words, or
+    of lists of slots; a .npy of slots_TA; or a .txt with one word a line (# begins a remark).
+
+    Raises:
+        FormatError: naming the word that is not an action, and the actions there are.
+    """
+    path = Path(text)
+    if path.suffix in _FILES:
+        slots_TA = _from_file(path, spec)
+        where = text
+    else:
+        comma = spec.kind in ("multi_discrete", "continuous")
+        words = [word for word in text.split(";" if comma else ",") if word.strip()]
+        slots_TA = _from_words(words, spec)
+        where = f"actions {text!r}"
+    if len(slots_TA) == 0:
+        raise FormatError(f"{where}: holds no action; there are {', '.join(spec.names) or 'none'}")
+    return slots_TA
+
+
+def random_actions(spec: ActionSpec, steps: int, /, *, rng: np.random.Generator) -> SlotArray:
+    """Return slots_TA of `steps` actions, each drawn anew, all equally likely.
+
+    Of `keys`, first the number of pressed ones is drawn, then which.
+    """
+    if spec.kind != "keys":
+        return rng.integers(0, np.asarray(spec.sizes, np.int64), (steps, spec.num_slots))
+    raw = np.zeros((steps, len(spec.names)), np.int64)
+    for row in raw:
+        pressed = rng.integers(0, spec.num_slots + 1)
+        row[rng.permutation(len(spec.names))[:pressed]] = 1
+    return spec.encode(raw)
+
+
+def sticky_actions(spec: ActionSpec, steps: int, /, *, rng: np.random.Generator) -> SlotArray:
+    """Return slots_TA of `steps` actions, each kept from the step before with chance STICKY."""
+    fresh_TA = random_actions(spec, steps, rng=rng)
+    keep = rng.random(steps) < STICKY
+    for step in range(1, steps):
+        if keep[step]:
+            fresh_TA[step] = fresh_TA[step - 1]
+    return fresh_TA
+
+
+def single_actions(spec: ActionSpec, /, *, limit: int = 12) -> list[tuple[str, SlotArray]]:
+    """Return (name, slots_1A) of each action held by itself: what a person would try first.
+
+    A value of `discrete`; no key and each key of `keys`; the lowest and the highest value of each
+    axis of the other kinds, the rest at their middle. At most `limit` of them.
+    """
+    if spec.kind == "none":
+        return []
+    if spec.kind == "discrete":
+        slots = np.arange(len(spec.names))[:, None]
+    elif spec.kind == "keys":
+        slots = spec.encode(np.eye(len(spec.names) + 1, len(spec.names), k=-1, dtype=np.int64))
+    else:
+        sizes = np.asarray(spec.sizes)
+        # A choice of several usually has "nothing" first; a real axis has it in the middle.
+        middle = (sizes - 1) // 2 if spec.kind == "continuous" else np.zeros_like(sizes)
+        slots = np.repeat(middle[None], 2 * len(sizes), axis=0)
+        for axis, size in enumerate(sizes):
+            slots[2 * axis, axis], slots[2 * axis + 1, axis] = 0, size - 1
+        _, first = np.unique(slots, axis=0, return_index=True)
+        slots = slots[np.sort(first)]
+    slots = slots[:limit].astype(np.int64)
+    return list(zip(spec.describe(slots), slots[:, None], strict=True))
+
+
+def _from_words(words: list[str], spec: ActionSpec) -> SlotArray:
+    """Return the slots of words such as `MOVE_RIGHT*12`, one after another."""
+    parts = [spec.parse(word) for word in words]
+    return np.concatenate(parts) if parts else np.zeros((0, spec.num_slots), np.int64)
+
+
+def _from_file(path: Path, spec: ActionSpec) -> SlotArray:
+    """Return the slots in a file of actions."""
+    if not path.is_file():
+        raise FormatError(
+            f"{path}: no such file of actions; write words such as "
+            f"{(spec.names or ('none',))[0]}*12 instead, or one of {', '.join(_FILES)}"
+        )
+    with storage_errors(path):
+        content = path.read_bytes()
+    if path.suffix == ".npy":
+        return spec.check_slots(npy_array(content, where=str(path)), where=str(path))
+    try:
+        text = content.decode()
+        listed = json.loads(text) if path.suffix == ".json" else None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not readable as a list of actions ({error})") from error
+    if path.suffix == ".txt":
+        lines = (line.partition("#")[0].strip() for line in text.splitlines())
+        return _from_words([line for line in lines if line], spec)
+    if not isinstance(listed, list):
+        raise FormatError(f"{path}: expected a JSON list of actions, got {type(listed).__name__}")
+    if all(isinstance(item, str) for item in listed):
+        return _from_words(listed, spec)
+    try:
+        return spec.check_slots(np.asarray(listed), where=str(path))
+    except (ValueError, OverflowError) as error:
+        raise FormatError(
+            f"{path}: must hold words such as {(spec.names or ('none',))[0]}*12, "
+            f"or lists of {spec.num_slots} slots"
+        ) from error

@@ -1,0 +1,115 @@
+"""A fresh model and one forward of it -> what its training will take, before it is trained.
+
+    model, forward of one clip or window  ->  estimate  ->  DryRun: the numbers, one a line
+
+Memory is measured where it can be: what the forward keeps for the backward pass is counted, for one
+sample, and multiplied. The rest is arithmetic.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from worldloom.common import say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DryRun:
+    """What a training would take. As text: one `name value` a line."""
+
+    parameters: int
+    samples_per_update: int
+    """Clips or windows."""
+    items_per_update: int
+    """Frames or tokens."""
+    updates: int
+    checkpoint_bytes: int
+    """One checkpoint: weights, and the optimizer's two moments of each."""
+    state_bytes: int
+    """Weights, gradients and moments while training."""
+    activation_bytes: int
+    """What a forward keeps for the backward pass."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """An estimate of the memory that training needs on its device."""
+        return self.state_bytes + self.activation_bytes
+
+    def __str__(self) -> str:
+        """Return what a program can read: `parameters 123`, and so on."""
+        names = [field.name for field in fields(self)] + ["memory_bytes"]
+        return "\n".join(f"{name} {getattr(self, name)}" for name in names)
+
+
+def estimate(  # noqa: PLR0913 - the two trainings differ in just these
+    model: nn.Module,
+    forward: Callable[[], Tensor],
+    /,
+    *,
+    samples: int,
+    items: int,
+    updates: int,
+    sample: str,
+    item: str,
+) -> DryRun:
+    """Measure one forward, say what training will take, and return it.
+
+    Args:
+        model: with fresh weights.
+        forward: runs it on one sample, as training does, and returns what the loss comes from.
+        samples: per update.
+        items: per update, counted as people count them.
+        updates: in all.
+        sample: what a sample is called: "clip".
+        item: what an item is called: "frame".
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameter_bytes = sum(p.nbytes for p in parameters)
+    held_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    dry = DryRun(
+        parameters=sum(p.numel() for p in parameters),
+        samples_per_update=samples,
+        items_per_update=items,
+        updates=updates,
+        checkpoint_bytes=held_bytes + 2 * parameter_bytes,
+        state_bytes=held_bytes + 3 * parameter_bytes,
+        activation_bytes=samples * _kept_bytes(model, forward),
+    )
+    say(
+        f"{dry.parameters / 1e6:.1f}M parameters; {updates:,} updates of {samples} {sample}s, "
+        f"{items:,} {item}s each; a checkpoint is {_size(dry.checkpoint_bytes)}, and two are kept"
+    )
+    say(
+        f"memory: about {_size(dry.memory_bytes)} while training, {_size(dry.state_bytes)} of it "
+        f"weights, gradients and the optimizer's moments, {_size(dry.activation_bytes)} what a "
+        f"forward keeps for the backward pass (counted on one {sample}, times {samples}). Python, "
+        "the libraries and what they compute with come on top"
+    )
+    say("nothing was trained and nothing was written: this was a dry run")
+    return dry
+
+
+def _kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Return the bytes that a forward keeps for the backward pass, besides the model's own."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = forward()
+    total = sum(size for place, size in kept.items() if place not in own)
+    del output  # until here it kept every storage alive, so that no two had one address
+    return total
+
+
+def _size(size_bytes: int) -> str:
+    """Return a size as people say it."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.1f} {unit}"
+    return f"{size_bytes / 1e3:.0f} kB"

@@ -1,0 +1,157 @@
+"""Token shards -> a dynamics model: given codes and actions, the next frame's codes.
+
+    worldloom train-dynamics --shards runs/doom/shards --output runs/doom/dynamics
+
+reads SHARDS alone and writes RUN/{config.toml, env.json, metrics.jsonl, log.txt, checkpoints/,
+LATEST, model/}; with --tokenizer also RUN/samples/, pictures of free-running validation. For
+several processes: `torchrun --nproc_per_node 2 -m worldloom.pipelines train-dynamics ...`.
+"""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from worldloom.common import TokenShards, say
+from worldloom.dynamics import DynamicsConfig, DynamicsTrainingConfig
+
+if TYPE_CHECKING:
+    from worldloom.dynamics import DynamicsModel
+
+    from .dry_run import DryRun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainDynamicsConfig:
+    """Train a dynamics model on token shards; a stopped run continues.
+
+    worldloom train-dynamics --shards runs/demo/shards --output runs/demo/dynamics
+    """
+
+    shards: Path
+    """Folder of token shards, as `worldloom tokenize` writes it; nothing else is needed."""
+    output: Path
+    """Run directory; the model itself is in its folder model/."""
+    tokenizer: Path | None = None
+    """Model directory of the shards' tokenizer, if validation shall also draw pictures."""
+    cpu: bool = False
+    """Stay on the CPU even where there is a GPU."""
+    dry_run: bool = False
+    """Say what it would take (parameters, tokens per update, checkpoint, memory) and stop."""
+    training: DynamicsTrainingConfig = field(default_factory=DynamicsTrainingConfig)
+    """How it is trained."""
+    model: DynamicsConfig = field(default_factory=DynamicsConfig)
+    """Its sizes."""
+
+
+def train_dynamics(config: TrainDynamicsConfig) -> "Path | DryRun":
+    """Train the dynamics; return the model directory."""
+    shards = TokenShards(config.shards)
+    if config.dry_run:
+        return _dry_run(config, shards)
+    draw = None if config.tokenizer is None else _painter(config, shards, config.tokenizer)
+    # Here and not above: `worldloom train-dynamics --help` must not wait for torch.
+    from worldloom.dynamics import train_dynamics_model
+
+    model = train_dynamics_model(
+        shards,
+        config.output,
+        model=config.model,
+        training=config.training,
+        cpu=config.cpu,
+        on_validation=draw,
+    )
+    pictures = "" if draw is None else f"; look at the pictures in {config.output / 'samples'}"
+    say(f"wrote {model}{pictures}")
+    words = ["worldloom", "generate", "--model", str(model), "--tokenizer",
+             str(config.tokenizer or "TOKENIZER"), "--start", str(config.shards), "--actions",
+             "true", "--output", str(config.output.parent / "generated")]  # fmt: skip
+    say(f"next: {shlex.join(words)}")
+    return model
+
+
+def _painter(
+    config: TrainDynamicsConfig, shards: TokenShards, tokenizer_folder: Path
+) -> Callable[["DynamicsModel", int], None]:
+    """Return what draws true frames above generated ones, from held-out windows."""
+    import torch
+    from torchvision.io import encode_png
+    from torchvision.utils import make_grid
+    from worldloom.common import write_bytes
+    from worldloom.dynamics import SamplingConfig, Windows, generate_codes
+    from worldloom.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.spec.require(shards.tokenizer, here=str(tokenizer_folder), there=str(config.shards))
+    windows = Windows(
+        shards,
+        "validation" if shards.split("validation") else "train",
+        window_frames=config.training.window_frames,
+    )
+    batch = windows.batch(0, size=64, seed=config.training.seed)
+    # Windows that are full come first: in others the last frames are padding.
+    fullest = batch.valid_Bt.sum(1).argsort(descending=True, stable=True)[:6]
+    codes_Bthw, slots_BTA = batch.codes_Bthw[fullest], batch.slots_BTA[fullest]
+    prompt_frames = max(1, config.training.window_frames // 4)
+    num_frames = shards.codes.pixel_frames(codes_Bthw.shape[1])
+
+    def draw(model: "DynamicsModel", step: int) -> None:
+        generated_Bthw = generate_codes(
+            model,
+            codes_Bthw[:, :prompt_frames],
+            slots_BTA,
+            seeds=range(len(codes_Bthw)),
+            sampling=SamplingConfig(),
+        ).cpu()
+        pairs_BpTHWC = torch.stack(
+            [
+                tokenizer.decode(c, num_frames=num_frames).cpu()
+                for c in (codes_Bthw, generated_Bthw)
+            ],
+            dim=1,
+        )
+        tiles_NCHW = pairs_BpTHWC.flatten(0, 2).movedim(-1, 1)
+        grid = make_grid(tiles_NCHW, nrow=num_frames, padding=1, pad_value=128)
+        path = config.output / "samples" / f"step-{step:08d}.png"
+        write_bytes(path, bytes(encode_png(grid).numpy()))
+
+    return draw
+
+
+def _dry_run(config: TrainDynamicsConfig, shards: TokenShards) -> "DryRun":
+    """Say what the training would take."""
+    import torch
+    from torch import Tensor
+    from worldloom.dynamics import DynamicsModel, DynamicsSpec
+
+    from .dry_run import estimate
+
+    training, codes = config.training, shards.codes
+    spec = DynamicsSpec(
+        tokenizer=shards.tokenizer,
+        actions=shards.actions,
+        fps=shards.fps,
+        frame_skip=shards.frame_skip,
+    )
+    dynamics = DynamicsModel(config.model, spec, shards.codebook_VZ()).train()
+    t = training.window_frames
+
+    def forward() -> Tensor:
+        codes_Bthw = torch.zeros(1, *codes.codes_shape(t), dtype=torch.int64)
+        steps = (t - 1) * codes.frames_per_latent
+        slots_BTA = torch.zeros(1, steps, shards.actions.num_slots, dtype=torch.int64)
+        with torch.autocast("cpu", torch.bfloat16, training.bf16):
+            logits_BfSV: Tensor = dynamics(codes_Bthw, slots_BTA)
+        # The loss keeps their logarithms.
+        return logits_BfSV.float().log_softmax(-1)
+
+    return estimate(
+        dynamics,
+        forward,
+        samples=training.batch_windows,
+        items=training.batch_windows * (t - 1) * codes.cells,
+        updates=training.num_steps,
+        sample="window",
+        item="predicted token",
+    )
