@@ -5,6 +5,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,7 @@ def write_shards(token_episodes, tokenizer_spec, action_spec) -> Callable[..., l
         records: list[ShardRecord] = []
         for index, shard in enumerate(lengths):
             part = token_episodes(tokenizer.codes, actions, list(shard), first=len(episodes))
-            records.append(
-                write_shard(folder, index, part, codes=tokenizer.codes, actions=actions)
-            )
+            records.append(write_shard(folder, index, part, codes=tokenizer.codes, actions=actions))
             episodes += part
         codes = tokenizer.codes
         levels = (codes.num_levels,) if codes.num_levels > 1 else ()
@@ -188,6 +187,21 @@ def write_shards(token_episodes, tokenizer_spec, action_spec) -> Callable[..., l
         return episodes
 
     return write
+
+
+@pytest.fixture
+def may_refuse() -> Callable[..., AbstractContextManager[None]]:
+    """A block that may raise one error of ours, its message beginning with where; nothing else."""
+
+    @contextmanager
+    def block(error: type[Exception], /, *where: str) -> Iterator[None]:
+        try:
+            yield
+        except error as refusal:
+            message = str(refusal)
+            assert message.startswith(where), message
+
+    return block
 
 
 @pytest.fixture

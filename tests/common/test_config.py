@@ -64,7 +64,8 @@ def test_a_table_becomes_the_dataclass_with_the_types_of_its_fields():
     built = build(Outer, WHOLE, where="t")
     assert built == Outer(
         output=Path("runs/x"), clip_frames=8, name="y", flag=True, mode="fast", levels=(8, 5),
-        pair=(2, "b"), limit=3, either="many", inner=Inner(dim=4, rate=1.0), extra={"anything": [1]},
+        pair=(2, "b"), limit=3, either="many", inner=Inner(dim=4, rate=1.0),
+        extra={"anything": [1]},
     )  # fmt: skip
     assert type(built.inner.rate) is float
 
@@ -129,7 +130,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_key(key, value):
 
 def test_a_files_own_error_class_is_raised_throughout():
     for data in ([], {}, {"dim": "x"}, {"dim": 1, "rat": 2}):
-        with pytest.raises(FormatError, match="x.json"):
+        with pytest.raises(FormatError, match=r"x\.json"):
             build(Inner, data, where="x.json", error=FormatError)
 
 
@@ -169,19 +170,18 @@ def test_a_missing_toml_file_is_a_config_error(tmp_path):
 
 
 def test_two_configs_are_told_apart_by_the_settings_that_differ():
-    text = describe_difference({"a": {"dim": 192, "x": 1}, "b": 2}, {"a": {"dim": 256, "x": 1}, "b": 2})
+    text = describe_difference(
+        {"a": {"dim": 192, "x": 1}, "b": 2}, {"a": {"dim": 256, "x": 1}, "b": 2}
+    )
     assert text == "a dim 192 then, 256 now"
 
 
 @settings(max_examples=200)
 @given(seed=st.integers(0, 2**32))
-def test_10000_changed_tables_are_built_or_refused_with_their_name(mutations, seed):
+def test_10000_changed_tables_are_built_or_refused_with_their_name(mutations, may_refuse, seed):
     for data in mutations(WHOLE, seed=seed, count=50):
-        try:
+        with may_refuse(ConfigError, "t: "):
             built = build(Outer, data, where="t")
-        except ConfigError as error:
-            assert str(error).startswith("t: ")
-        else:
             assert isinstance(built.output, Path)
             assert type(built.clip_frames) is int
             assert type(built.inner.dim) is int
@@ -192,12 +192,9 @@ TOML = st.text("abc01.-=[]{}\"'#\n\t ,:eTZ_", max_size=60)
 
 @settings(max_examples=2000)
 @given(text=TOML)
-def test_any_text_is_a_table_or_a_config_error(tmp_path, text):
+def test_any_text_is_a_table_or_a_config_error(tmp_path, may_refuse, text):
     path = tmp_path / "c.toml"
     path.unlink(missing_ok=True)
     path.write_text(text)
-    try:
-        data = read_toml(path)
-        build(Inner, data, where="t")
-    except ConfigError as error:
-        assert str(error).startswith((f"{path}: ", "t: "))
+    with may_refuse(ConfigError, f"{path}: ", "t: "):
+        build(Inner, read_toml(path), where="t")

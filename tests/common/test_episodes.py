@@ -40,6 +40,17 @@ def rewrite(path, change):
             new.writestr(name, content)
 
 
+def black(num_frames):
+    return np.zeros((num_frames, 16, 24, 3), np.uint8)
+
+
+def record(folder, spec, frames, actions):
+    with EpisodeWriter(folder, "a", spec=spec) as writer:
+        for frame in frames:
+            writer.append(frame)
+        writer.finish(actions)
+
+
 def read_everything(folder, key="a"):
     with Episodes(folder).open(key) as opened:
         return opened.frames(), opened.actions, opened.rewards, opened.metadata
@@ -108,13 +119,8 @@ def test_a_buffer_that_the_environment_draws_into_again_is_not_recorded_twice(
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4])
 def test_t_frames_take_t_minus_1_actions_and_no_other_number(tmp_path, episodes_spec, count):
-    with (
-        pytest.raises(FormatError, match=rf"a: {count} actions for 3 frames, must be 2"),
-        EpisodeWriter(tmp_path, "a", spec=episodes_spec) as writer,
-    ):
-        for _ in range(3):
-            writer.append(np.zeros((16, 24, 3), np.uint8))
-        writer.finish(np.zeros(count, np.int64))
+    with pytest.raises(FormatError, match=rf"a: {count} actions for 3 frames, must be 2"):
+        record(tmp_path, episodes_spec, black(3), np.zeros(count, np.int64))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,13 +137,8 @@ def test_t_frames_take_t_minus_1_actions_and_no_other_number(tmp_path, episodes_
 def test_an_action_that_is_not_of_the_spec_is_refused_and_nothing_stays(
     tmp_path, episodes_spec, actions, reason
 ):
-    with (
-        pytest.raises(FormatError, match=reason),
-        EpisodeWriter(tmp_path, "a", spec=episodes_spec) as writer,
-    ):
-        for _ in range(3):
-            writer.append(np.zeros((16, 24, 3), np.uint8))
-        writer.finish(actions)
+    with pytest.raises(FormatError, match=reason):
+        record(tmp_path, episodes_spec, black(3), actions)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -160,19 +161,18 @@ def test_a_frame_of_another_size_or_type_is_refused_by_number(tmp_path, episodes
 
 
 def test_without_frames_there_is_no_episode(tmp_path, episodes_spec):
-    with (
-        pytest.raises(FormatError, match="at least one frame"),
-        EpisodeWriter(tmp_path, "a", spec=episodes_spec) as writer,
-    ):
-        writer.finish(np.zeros(0, np.int64))
+    with pytest.raises(FormatError, match="at least one frame"):
+        record(tmp_path, episodes_spec, [], np.zeros(0, np.int64))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_exception_while_recording_leaves_nothing(tmp_path, episodes_spec):
-    with pytest.raises(ZeroDivisionError), EpisodeWriter(tmp_path, "a", spec=episodes_spec) as w:
-        for _ in range(PIECE_FRAMES + 1):
-            w.append(np.zeros((16, 24, 3), np.uint8))
-        _ = 1 / 0
+    def frames_of_a_game_that_crashes():
+        yield from black(PIECE_FRAMES + 1)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        record(tmp_path, episodes_spec, frames_of_a_game_that_crashes(), np.zeros(64, np.int64))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -183,13 +183,8 @@ def test_a_full_disk_is_a_storage_error_and_nothing_stays(tmp_path, episodes_spe
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with (
-            pytest.raises(StorageError, match=r"a\.npz: File too large"),
-            EpisodeWriter(tmp_path, "a", spec=episodes_spec) as writer,
-        ):
-            for frame in frames:
-                writer.append(frame)
-            writer.finish(np.zeros(69, np.int64))
+        with pytest.raises(StorageError, match=r"a\.npz: File too large"):
+            record(tmp_path, episodes_spec, frames, np.zeros(69, np.int64))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
@@ -228,11 +223,12 @@ def test_a_file_cut_anywhere_is_a_format_error_that_names_it(episode):
             read_everything(folder)
 
 
-def test_flipped_bytes_are_found_or_change_nothing(tmp_path, write_episode, episodes_spec):
+def test_flipped_bytes_are_found_or_change_nothing(
+    tmp_path, write_episode, episodes_spec, may_refuse
+):
     frames, actions = write_episode(tmp_path, "a", spec=episodes_spec, num_frames=3)
     path = tmp_path / "a.npz"
     content = path.read_bytes()
-    expected_rewards = [0.0, 1.0]
     rng = np.random.default_rng(0)
     found = 0
     for position in rng.integers(0, len(content), 400):
@@ -240,15 +236,13 @@ def test_flipped_bytes_are_found_or_change_nothing(tmp_path, write_episode, epis
         flipped[position] ^= 1 << int(rng.integers(8))
         path.unlink()  # rewriting in place makes the file system flush every time
         path.write_bytes(flipped)
-        try:
+        found += 1
+        with may_refuse(FormatError, str(path)):
             got_frames, got_actions, got_rewards, _ = read_everything(tmp_path)
-        except FormatError as error:
-            assert "a.npz" in str(error)
-            found += 1
-        else:  # a date, a comment, or the name of the optional rewards in the directory
+            found -= 1  # a date or an attribute, which mean nothing
             assert np.array_equal(got_frames, frames)
             assert np.array_equal(got_actions, actions)
-            assert got_rewards is None or got_rewards.tolist() == expected_rewards
+            assert got_rewards.tolist() == [0.0, 1.0]
     assert found > 350
 
 
@@ -264,12 +258,20 @@ def about(**changes):
     ("change", "reason"),
     [
         (lambda m: {n: c for n, c in m.items() if n != "actions.npy"}, "actions.npy is missing"),
-        (lambda m: {n: c for n, c in m.items() if n != "frames/000001.npy"}, "000001.npy is missing"),
+        (
+            lambda m: {n: c for n, c in m.items() if n != "frames/000001.npy"},
+            "000001.npy is missing",
+        ),
         (lambda m: {n: c for n, c in m.items() if n != "episode.json"}, "episode.json is missing"),
         (forge("episode.json", b"[]"), "must be an object"),
         (forge("episode.json", b"{"), "cannot be read as JSON"),
         (forge("episode.json", about(num_frames=149)), "frames/000002.npy"),
-        (forge("episode.json", about(num_frames=2**31)), "do not make 2147483648 frames"),
+        (forge("episode.json", about(num_frames=64)), "6 members, but 64 frames make 4"),
+        (forge("rewards.npz", b""), "7 members, but 150 frames make 6"),
+        (
+            forge("episode.json", about(num_frames=2**31)),
+            "000003.npy is missing from 2147483648 frames",
+        ),
         (forge("episode.json", about(num_frames=True)), "num_frames must be an integer"),
         (forge("episode.json", about(metadata=[])), "metadata must be an object"),
         (forge("episode.json", about(key="b")), "named after its key"),
@@ -296,7 +298,7 @@ def test_a_member_that_stands_twice_is_refused(episode):
     rewrite(folder / "a.npz", lambda m: {n: c for n, c in m.items() if n != "rewards.npy"})
     with zipfile.ZipFile(folder / "a.npz", "a") as file, pytest.warns(UserWarning, match="Dup"):
         file.writestr("actions.npy", npy_bytes(np.ones(149, np.int64)))
-    with pytest.raises(FormatError, match="members do not make"):
+    with pytest.raises(FormatError, match="6 members, but 150 frames make 5"):
         read_everything(folder)
 
 
@@ -378,7 +380,7 @@ def test_what_is_no_folder_of_episodes_is_refused_in_a_sentence(tmp_path, episod
     with pytest.raises(FormatError, match="has no episodes"):
         Episodes(tmp_path)
     (tmp_path / "a.b.npz").write_bytes(b"")
-    with pytest.raises(FormatError, match="key 'a.b'"):
+    with pytest.raises(FormatError, match=r"key 'a\.b'"):
         Episodes(tmp_path)
 
 
@@ -399,17 +401,14 @@ def test_the_description_comes_back(tmp_path, episodes_spec):
 @settings(max_examples=200)
 @given(seed=st.integers(0, 2**32))
 def test_10000_changed_descriptions_are_read_or_refused_with_their_name(
-    tmp_path, episodes_spec, mutations, seed
+    tmp_path, episodes_spec, mutations, may_refuse, seed
 ):
     path = tmp_path / "episodes.json"
     for data in mutations(episodes_spec.to_dict(), seed=seed, count=50):
         path.unlink(missing_ok=True)  # rewriting in place makes the file system flush every time
         path.write_text(json.dumps(data))
-        try:
+        with may_refuse(FormatError, f"{path}: "):
             spec = EpisodesSpec.read(tmp_path)
-        except FormatError as error:
-            assert str(error).startswith(f"{path}: ")
-        else:
             assert isinstance(spec.actions, ActionSpec)
             assert 0 < spec.fps < 1e6
             assert type(spec.height) is type(spec.width) is type(spec.frame_skip) is int

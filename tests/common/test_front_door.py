@@ -11,26 +11,29 @@ import worldloom.common
 
 SOURCE = ast.parse(Path(worldloom.common.__file__).read_text())
 
-PUBLIC = """
-    ActionArray ActionSpec Checkpoint CodeArray CodeSpec ConfigError Episode EpisodeWriter Episodes
-    EpisodesSpec FormatError Frames Interrupt MismatchError ResizeRule RunLog ShapeError ShardRecord
-    SlotArray StorageError TokenEpisode TokenShards TokenizerSpec TrainingError WorldloomError
-    atomic_folder bind_shape build decay_groups derive_seed describe_difference environment
-    failpoint file_sha256 fingerprint finished_shard format_metrics lazy_exports library_seed
-    load_checkpoint load_model load_optimizer load_weights nearest newest_checkpoint npy_array
-    npy_bytes numpy_stream optimizer_tensors partial progress read_json read_metrics read_toml
-    remove_leftovers save_checkpoint save_model say set_learning_rate shard_name storage_errors
-    stream to_json to_plain warmup_cosine write_bytes write_json write_manifest write_shard
-""".split()
+PUBLIC = {
+    "ActionArray", "ActionSpec", "Checkpoint", "CodeArray", "CodeSpec", "ConfigError", "Episode",
+    "EpisodeWriter", "Episodes", "EpisodesSpec", "FormatError", "Frames", "Interrupt",
+    "MismatchError", "ResizeRule", "RunLog", "ShapeError", "ShardRecord", "SlotArray",
+    "StorageError", "TokenEpisode", "TokenShards", "TokenizerSpec", "TrainingError",
+    "WorldloomError", "atomic_folder", "bind_shape", "build", "decay_groups", "derive_seed",
+    "describe_difference", "environment", "failpoint", "file_sha256", "fingerprint",
+    "finished_shard", "format_metrics", "lazy_exports", "library_seed", "load_checkpoint",
+    "load_model", "load_optimizer", "load_weights", "nearest", "newest_checkpoint", "npy_array",
+    "npy_bytes", "numpy_stream", "optimizer_tensors", "partial", "progress", "read_json",
+    "read_metrics", "read_toml", "remove_leftovers", "save_checkpoint", "save_model", "say",
+    "set_learning_rate", "shard_name", "storage_errors", "stream", "to_json", "to_plain",
+    "warmup_cosine", "write_bytes", "write_json", "write_manifest", "write_shard",
+}  # fmt: skip
 
 
 def for_type_checkers() -> set[tuple[str, str]]:
-    """(module, name) of every import under TYPE_CHECKING."""
+    """(module, name) of every re-export, under TYPE_CHECKING or above it."""
     block = next(node for node in SOURCE.body if isinstance(node, ast.If))
     assert isinstance(block.test, ast.Name)
     assert block.test.id == "TYPE_CHECKING"
-    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
-    assert len(imports) == len(block.body)
+    assert all(isinstance(node, ast.ImportFrom) for node in block.body)
+    imports = [n for n in (*SOURCE.body, *block.body) if isinstance(n, ast.ImportFrom) and n.level]
     for node in imports:
         assert all(alias.asname == alias.name for alias in node.names)
     return {(node.module or "", alias.name) for node in imports for alias in node.names}

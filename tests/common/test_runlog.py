@@ -81,6 +81,18 @@ def test_the_settings_and_versions_of_a_run_are_kept(log):
     assert environment()["versions"]["numpy"] == np.__version__
 
 
+def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(log):
+    (log.run / "tmp-77-model").mkdir()
+    (log.run / "tmp-77-model/model.safetensors").write_bytes(b"half")
+    (log.run / "samples").mkdir()
+    (log.run / "samples/tmp-77-step.png").write_bytes(b"half")
+    (log.run / "samples/step.png").write_bytes(b"whole")
+    (log.run / "model").mkdir()
+    RunLog(log.run, config={})
+    left = {str(path.relative_to(log.run)) for path in log.run.rglob("*")}
+    assert left == {"config.toml", "env.json", "model", "samples", "samples/step.png"}
+
+
 def test_words_go_to_stderr_and_the_log_and_never_to_stdout(log, capsys):
     log.say("encoding [bold]9[/bold] of 10")
     captured = capsys.readouterr()

@@ -265,9 +265,7 @@ def test_a_key_of_the_longest_length_fits_a_tar_and_a_longer_one_is_refused(
     tmp_path, token_episodes, code_spec, action_spec
 ):
     (episode,) = token_episodes(code_spec, action_spec, [2])
-    write_shard(
-        tmp_path, 0, [replace(episode, key="k" * 80)], codes=code_spec, actions=action_spec
-    )
+    write_shard(tmp_path, 0, [replace(episode, key="k" * 80)], codes=code_spec, actions=action_spec)
     with tarfile.open(tmp_path / shard_name(0), "r:") as tar:
         assert f"{'k' * 80}.actions.npy" in tar.getnames()
     with pytest.raises(FormatError, match="key"):
@@ -301,9 +299,7 @@ def test_a_key_that_stands_twice_is_refused_in_a_shard_and_over_shards(
                 tmp_path, records[:1], **{**rest, "codebook_VZ": np.zeros(shape, np.float32)}
             )
     with pytest.raises(FormatError, match="not finite"):
-        write_manifest(
-            tmp_path, records[:1], **{**rest, "codebook_VZ": np.full((300, 4), np.nan)}
-        )
+        write_manifest(tmp_path, records[:1], **{**rest, "codebook_VZ": np.full((300, 4), np.nan)})
     assert not (tmp_path / "manifest.json").exists()
     write_manifest(tmp_path, records[:1], **{**rest, "metrics": {"psnr_db": float("inf")}})
     assert TokenShards(tmp_path).metrics == {"psnr_db": None}
@@ -337,9 +333,7 @@ def write_all(folder, write_shards, token_episodes, tokenizer, actions):
         record = finished_shard(folder, index)
         if record is None:
             episodes = token_episodes(tokenizer.codes, actions, part, first=first)
-            record = write_shard(
-                folder, index, episodes, codes=tokenizer.codes, actions=actions
-            )
+            record = write_shard(folder, index, episodes, codes=tokenizer.codes, actions=actions)
         records.append(record)
         first += len(part)
     write_manifest(
@@ -644,7 +638,7 @@ def test_a_shard_that_changes_after_it_was_opened_is_refused_not_read_past_its_e
     (tmp_path / shard_name(0)).write_bytes(b"")
     (tmp_path / shard_name(1)).write_bytes(bytes(1024))
     for episode in (0, 3):
-        with pytest.raises(FormatError, match="cannot be read|has changed"):
+        with pytest.raises(FormatError, match=r"cannot be read|has changed"):
             shards.codes_thw(episode)
 
 
@@ -652,7 +646,7 @@ def test_a_shard_that_changes_after_it_was_opened_is_refused_not_read_past_its_e
 @settings(max_examples=200)
 @given(seed=st.integers(0, 2**32))
 def test_10000_changed_manifests_are_read_or_refused_with_the_folders_name(
-    tmp_path, write_shards, mutations, seed
+    tmp_path, write_shards, mutations, may_refuse, seed
 ):
     path = tmp_path / "manifest.json"
     original = tmp_path / "original.json"
@@ -663,10 +657,8 @@ def test_10000_changed_manifests_are_read_or_refused_with_the_folders_name(
         path.unlink(missing_ok=True)  # rewriting in place makes the file system flush every time
         path.write_text(json.dumps(data))
         began = time.monotonic()
-        try:
+        with may_refuse(FormatError, str(tmp_path)):
             open_and_verify(tmp_path)
-        except FormatError as error:
-            assert str(error).startswith(str(tmp_path))
         assert time.monotonic() - began < 5
 
 
@@ -730,9 +722,15 @@ def test_opening_takes_time_in_proportion_to_the_episodes(tmp_path, write_shards
     assert large < 40 * small  # 10 times as many; a quadratic index takes 100 times as long
 
 
-def test_reading_a_window_costs_microseconds(tmp_path, write_shards, tokenizer_spec):
-    """Measured 5 to 10 on an idle core; 200 leaves room for a busy one, and fails if headers are
-    parsed at every read (about 60 with it, 400 where the member is also copied)."""
+def test_a_member_is_parsed_and_checked_once_however_many_windows_are_read(tmp_path, write_shards):
+    write_shards(tmp_path, lengths=((100,), (100,)))
+    shards = TokenShards(tmp_path)
+    assert shards.codes_thw(0, 0, 16).base is shards.codes_thw(0, 50, 66).base
+    assert shards.codes_thw(0, 0, 16).base is not shards.codes_thw(1, 0, 16).base
+
+
+def test_reading_a_window_costs_microseconds(tmp_path, write_shards):
+    """Measured 2 to 8 with its actions, and 90 where every read parses the headers again."""
     write_shards(tmp_path, lengths=((100,), (100,)))
     shards = TokenShards(tmp_path)
     best = float("inf")
@@ -742,7 +740,7 @@ def test_reading_a_window_costs_microseconds(tmp_path, write_shards, tokenizer_s
             shards.codes_thw(start % 2, start, start + 16)
             shards.slots_TA(start % 2, start, start + 15)
         best = min(best, (time.process_time() - began) / 50)
-    assert best < 200e-6
+    assert best < 60e-6
 
 
 def test_an_empty_shard_and_no_actions_at_all_can_be_read(tmp_path, write_shards):

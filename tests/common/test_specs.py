@@ -91,13 +91,11 @@ def test_a_field_of_the_wrong_kind_is_refused_by_name(tokenizer_spec, field, val
 @settings(max_examples=200)
 @given(seed=st.integers(0, 2**32))
 def test_10000_changed_specs_are_read_or_refused_with_the_files_name(
-    tokenizer_spec, mutations, seed
+    tokenizer_spec, mutations, may_refuse, seed
 ):
     for data in mutations(tokenizer_spec.to_dict(), seed=seed, count=50):
-        try:
+        with may_refuse(FormatError, "x.json: "):
             assert isinstance(TokenizerSpec.from_dict(data, where="x.json"), TokenizerSpec)
-        except FormatError as error:
-            assert str(error).startswith("x.json: ")
 
 
 OTHERS = {
@@ -150,7 +148,9 @@ def test_every_field_that_differs_is_named(tokenizer_spec):
     assert set(OTHERS) == covered
 
 
-WEIGHTS = st.dictionaries(st.text("abc.", min_size=1), st.binary(min_size=1, max_size=8), min_size=1)
+WEIGHTS = st.dictionaries(
+    st.text("abc.", min_size=1), st.binary(min_size=1, max_size=8), min_size=1
+)
 
 
 @given(weights=WEIGHTS, rng=st.randoms())
@@ -176,7 +176,9 @@ def test_every_bit_of_every_weight_changes_the_fingerprint(weights, data):
 
 
 def test_bytes_that_move_from_one_weight_to_another_change_the_fingerprint():
-    assert fingerprint({}, [("a", b"12"), ("b", b"3")]) != fingerprint({}, [("a", b"1"), ("b", b"23")])
+    assert fingerprint({}, [("a", b"12"), ("b", b"3")]) != fingerprint(
+        {}, [("a", b"1"), ("b", b"23")]
+    )
     assert fingerprint({}, [("a", b"1")]) != fingerprint({}, [("b", b"1")])
 
 

@@ -1,11 +1,15 @@
 """A whole chain in miniature, with real models of random weights: a square that is pushed about."""
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command_server import CommandServer
 from worldloom.common import (
     ActionSpec,
     Episodes,
@@ -16,6 +20,7 @@ from worldloom.common import (
     write_shard,
 )
 from worldloom.dynamics import DynamicsConfig, DynamicsModel, DynamicsSpec
+from worldloom.pipelines.evaluate import EvaluateConfig, evaluate
 from worldloom.tokenizer import ImageTokenizer, QuantizerConfig, TokenizerConfig, Trained
 
 SQUARE_ACTIONS = ActionSpec.discrete(["STAY", "LEFT", "RIGHT"])
@@ -47,7 +52,13 @@ class TinyChain:
         return {"model": self.folder / "model", "tokenizer": self.folder / "tokenizer"}
 
 
-def build_tokenizer(seed=0):
+@pytest.fixture(scope="session")
+def build_tokenizer():
+    """Build a tokenizer of random weights, with a codebook."""
+    return _build_tokenizer
+
+
+def _build_tokenizer(seed=0):
     config = TokenizerConfig(
         height=16,
         width=16,
@@ -85,7 +96,7 @@ def tiny_chain(tmp_path_factory) -> TinyChain:
             for frame in frames:
                 writer.append(frame)
             writer.finish(actions)
-    tokenizer = build_tokenizer()
+    tokenizer = _build_tokenizer()
     tokenizer.save(folder / "tokenizer", card="tiny")
     tokens = []
     episodes = Episodes(episodes_folder)
@@ -124,5 +135,44 @@ def tiny_chain(tmp_path_factory) -> TinyChain:
         codebook_VZ,
         seed=1,
     ).eval()
+    with torch.no_grad():  # fresh weights hardly listen; these do, at random
+        model.actions.table.weight.mul_(50)
+        model.to_logits.weight.mul_(20)
     model.save(folder / "model", card="tiny")
     return TinyChain(folder, tokenizer, model)
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[CommandServer]:
+    """Starts commands in processes of their own that may be killed."""
+    with CommandServer() as server:
+        yield server
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What evaluate wrote of the tiny chain."""
+
+    numbers: dict[str, Any]
+    folder: Path
+    settings: dict[str, int]
+
+
+@pytest.fixture(scope="session")
+def evaluated(tiny_chain, tmp_path_factory) -> Evaluated:
+    """One evaluation of the tiny chain."""
+    folder = tmp_path_factory.mktemp("evaluated") / "evaluation"
+    settings = {
+        "horizon": 5, "prompt_frames": 3, "held_frames": 4, "num_rollouts": 6, "batch": 4
+    }  # fmt: skip
+    path = evaluate(
+        EvaluateConfig(
+            **tiny_chain.paths,
+            **settings,
+            episodes=tiny_chain.folder / "episodes",
+            shards=tiny_chain.folder / "shards",
+            output=folder,
+        )
+    )
+    assert path == folder / "evaluation.json"
+    return Evaluated(json.loads(path.read_text()), folder, settings)

@@ -14,6 +14,7 @@ from worldloom.tokenizer.metrics import (
     psnr,
     squared_error,
     ssim,
+    usage,
 )
 
 
@@ -125,3 +126,12 @@ def test_frames_of_other_shapes_or_dtypes_are_refused(metric):
 def test_ssim_of_frames_smaller_than_its_window_is_refused():
     with pytest.raises(ShapeError, match="11 x 11"):
         ssim(frames(1, 1, 8, 16, 3), frames(1, 1, 8, 16, 3))
+
+
+def test_usage_of_known_counts_is_its_closed_form():
+    codes = torch.tensor([[0, 0, 0, 0], [3, 3, 5, 5]])
+    used, perplexity = usage(codes, 8)
+    assert used == 3 / 8
+    assert perplexity == pytest.approx(math.exp(0.5 * math.log(2) + 0.5 * math.log(4)))
+    assert usage(torch.arange(8).repeat(5), 8) == (1.0, pytest.approx(8))
+    assert usage(torch.zeros(9, dtype=torch.int64), 8) == (1 / 8, pytest.approx(1))

@@ -1,9 +1,11 @@
 """Where the actions of a rollout come from: words, a file, a policy.
 
-"MOVE_RIGHT*12,NOOP*4"            -> written_actions -> slots_TA
-actions.json | .npy | .txt        -> written_actions -> slots_TA
-a spec and a generator            -> random_actions, sticky_actions -> slots_TA
-a spec                            -> single_actions  -> each action there is, by name
+    "MOVE_RIGHT*12,NOOP*4"            -> written_actions -> slots_TA
+    actions.json | .npy | .txt        -> written_actions -> slots_TA
+    a spec and a generator            -> random_actions, sticky_actions -> slots_TA
+    a spec                            -> single_actions  -> each action there is, by name
+
+Every source ends in checked slots, so that nothing behind it asks where they came from.
 """
 
 import json

@@ -1,7 +1,9 @@
 """Series of numbers -> line charts.
 
-lines -> chart_svg -> an <svg> for a page, in the page's colours and font, light and dark
-lines -> chart_png -> bytes of a PNG on white, for anywhere else
+    lines -> chart_svg -> an <svg> for a page, in the page's colours and font, light and dark
+    lines -> chart_png -> bytes of a PNG on white, for anywhere else
+
+SVG text stays text: it can be searched, scaled and read aloud.
 """
 
 import io
@@ -40,7 +42,7 @@ class Line:
 
 
 def chart_svg(
-    lines: Sequence[Line], /, *, x_label: str, y_label: str, describe: str, width: float = 6.2
+    lines: Sequence[Line], /, *, x_label: str, y_label: str, describe: str, width: float = 5.0
 ) -> str:
     """Return an <svg> element that takes colours and font from the page around it.
 
@@ -62,6 +64,9 @@ def chart_svg(
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
+    # Matplotlib names every group; on one page with other charts the names would stand twice.
+    referred = set(re.findall(r"#([^\")]+)[\")]", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in referred else "", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     for placeholder, variable in _VARIABLES.items():
@@ -69,7 +74,7 @@ def chart_svg(
     return svg.replace("<svg", f'<svg role="img" aria-label="{describe}"', 1)
 
 
-def chart_png(lines: Sequence[Line], /, *, x_label: str, y_label: str, width: float = 6.2) -> bytes:
+def chart_png(lines: Sequence[Line], /, *, x_label: str, y_label: str, width: float = 5.0) -> bytes:
     """Return the bytes of a PNG file: the same chart, dark on white."""
     file = io.BytesIO()
     figure = _figure(lines, x_label, y_label, width, _ON_WHITE)
@@ -84,7 +89,7 @@ def _figure(
     if not lines or len(lines) > len(COLOURS) or any(len(line.x) == 0 for line in lines):
         raise ValueError(f"a chart takes 1 to {len(COLOURS)} lines, each with a point or more")
     ink, quiet = colours.get(INK, INK), colours.get(QUIET, QUIET)
-    figure = Figure(figsize=(width, width * 0.52), layout="constrained")
+    figure = Figure(figsize=(width, width * 0.55), layout="constrained")
     axes = figure.add_subplot()
     for line, placeholder in zip(lines, COLOURS, strict=False):
         axes.plot(

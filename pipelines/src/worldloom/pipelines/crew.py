@@ -14,6 +14,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -24,7 +25,7 @@ from typing import Any, Protocol, Self
 
 from worldloom.common import WorldloomError
 
-_STOP_TIMEOUT_S = 3.0
+_STOP_TIMEOUT_S = 5.0
 
 
 class Worker(Protocol):
@@ -141,8 +142,9 @@ class Crew:
         if at_once:
             for process in self._processes:
                 process.terminate()
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
         for process in self._processes:
-            process.join(_STOP_TIMEOUT_S)
+            process.join(max(0.0, deadline - time.monotonic()))
             with suppress(OSError):  # nobody is left in its group, or it has not made one yet
                 os.killpg(process.pid or 0, signal.SIGKILL)
             process.kill()

@@ -1,9 +1,9 @@
 """A fresh model and one forward of it -> what its training will take, before it is trained.
 
-    model, forward of one clip or window  ->  estimate  ->  DryRun: the numbers, one a line
+    model, forward of a few samples  ->  estimate  ->  DryRun: the numbers, one a line
 
-Memory is measured where it can be: what the forward keeps for the backward pass is counted, for one
-sample, and multiplied. The rest is arithmetic.
+Memory is measured where it can be: what the forward keeps for the backward pass is counted, for few
+samples, and multiplied. The rest is arithmetic.
 """
 
 from collections.abc import Callable
@@ -47,6 +47,7 @@ def estimate(  # noqa: PLR0913 - the two trainings differ in just these
     forward: Callable[[], Tensor],
     /,
     *,
+    probe: int = 1,
     samples: int,
     items: int,
     updates: int,
@@ -57,7 +58,8 @@ def estimate(  # noqa: PLR0913 - the two trainings differ in just these
 
     Args:
         model: with fresh weights.
-        forward: runs it on one sample, as training does, and returns what the loss comes from.
+        forward: runs it as training does, on few samples, and returns what the loss comes from.
+        probe: how many samples those are.
         samples: per update.
         items: per update, counted as people count them.
         updates: in all.
@@ -74,7 +76,7 @@ def estimate(  # noqa: PLR0913 - the two trainings differ in just these
         updates=updates,
         checkpoint_bytes=held_bytes + 2 * parameter_bytes,
         state_bytes=held_bytes + 3 * parameter_bytes,
-        activation_bytes=samples * _kept_bytes(model, forward),
+        activation_bytes=samples * _kept_bytes(model, forward) // probe,
     )
     say(
         f"{dry.parameters / 1e6:.1f}M parameters; {updates:,} updates of {samples} {sample}s, "
@@ -83,8 +85,8 @@ def estimate(  # noqa: PLR0913 - the two trainings differ in just these
     say(
         f"memory: about {_size(dry.memory_bytes)} while training, {_size(dry.state_bytes)} of it "
         f"weights, gradients and the optimizer's moments, {_size(dry.activation_bytes)} what a "
-        f"forward keeps for the backward pass (counted on one {sample}, times {samples}). Python, "
-        "the libraries and what they compute with come on top"
+        f"forward keeps for the backward pass (counted on {probe}, times {samples / probe:g}). "
+        "Python, the libraries and what they compute with come on top"
     )
     say("nothing was trained and nothing was written: this was a dry run")
     return dry

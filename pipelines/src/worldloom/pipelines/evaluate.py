@@ -70,8 +70,8 @@ class EvaluateConfig:
     """Of the starts, of the random actions and of the sampling."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How codes are drawn."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda, mps."""
+    device: str = "auto"
+    """Where to compute: auto (CUDA if there is one), cpu, cuda, mps."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that leave nothing to measure."""
@@ -87,12 +87,16 @@ def evaluate(config: EvaluateConfig) -> Path:
     """Measure a model on held-out episodes; return the path of evaluation.json."""
     from . import evaluation_pictures as pictures
     from . import measures
+    from .devices import choose_device
     from .starts import require_actions
     from .world import World
 
     _check_output(config.output)
     world = World.from_pretrained(
-        config.model, config.tokenizer, sampling=config.sampling, device=config.device
+        config.model,
+        config.tokenizer,
+        sampling=config.sampling,
+        device=choose_device(config.device),
     )
     episodes = Episodes(config.episodes)
     require_actions(world.model, episodes.spec.actions, where=str(config.episodes))
@@ -125,9 +129,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         drawn = {
             "reconstructions": pictures.draw_reconstructions(folder, held_out),
             "rollouts": pictures.draw_rollouts(folder, world, rollouts),
-            "held": pictures.draw_held(
-                folder, world, starts[0], plan, num_frames=config.held_frames
-            ),
+            "held": pictures.draw_held(folder, world, starts, plan, num_frames=config.held_frames),
             "drift": pictures.draw_drift(folder, numbers["rollout"]),
         }
         settings = {

@@ -1,9 +1,12 @@
 """The pictures of `worldloom evaluate`: numbers are believed when they are seen.
 
-held-out episodes, rollouts, one start  ->  PNG and GIF files in a folder, and their names
+    held-out episodes, rollouts, starts  ->  PNG and GIF files in a folder, and their names
+
+A world model is judged by eye before any number.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from .world import World
 
 _COLUMNS = 6
 _ROLLOUTS = 3
+_HELD_CANDIDATES = 8
 
 
 def draw_reconstructions(folder: Path, held_out: list[HeldOut], /) -> str:
@@ -59,14 +63,14 @@ def draw_rollouts(folder: Path, world: World, rollouts: Rollouts, /) -> list[dic
         names = world.model.spec.actions.describe(rollouts.slots_NTA[index].numpy())
         given = len(prompt)
         labels = ["given"] * given + names[given - 1 :]
-        above = Strip(title="true", frames_THWC=true[given - 1 :], labels=labels[given - 1 :])
-        below = Strip(title="generated", frames_THWC=made[given - 1 :])
+        above = Strip(title="true", frames_THWC=true[given:], labels=labels[given:])
+        below = Strip(title="generated", frames_THWC=made[given:])
         movie = draw_movie(
             [
                 Strip(title="what happened", frames_THWC=true),
                 Strip(title="generated", frames_THWC=made),
             ],
-            scale=fitting_scale(*true.shape[1:3], target=280),
+            scale=fitting_scale(*true.shape[1:3], target=320),
             captions=labels,
         )
         name = f"rollout-{number}"
@@ -82,12 +86,46 @@ def draw_rollouts(folder: Path, world: World, rollouts: Rollouts, /) -> list[dic
 
 @torch.inference_mode()
 def draw_held(
-    folder: Path, world: World, start: RolloutStart, plan: Plan, /, *, num_frames: int
+    folder: Path,
+    world: World,
+    starts: Sequence[RolloutStart],
+    plan: Plan,
+    /,
+    *,
+    num_frames: int,
 ) -> list[dict[str, str]]:
-    """Write held-NAME.png and held-NAME.gif: each single action held, from the same start."""
+    """Write held-NAME.png and held-NAME.gif: each single action held, all from one start.
+
+    The start is the one of the first few from which the actions lead furthest apart: held against a
+    wall, every action looks alike.
+    """
     actions = single_actions(world.model.spec.actions)
     if not actions:
         return []
+    held = [_hold(world, start, plan, num_frames) for start in starts[:_HELD_CANDIDATES]]
+    apart = [frames_BTHWC.astype(np.float32).var(axis=0).mean() for frames_BTHWC in held]
+    frames_BTHWC = held[int(np.argmax(apart))]
+    drawn: list[dict[str, str]] = []
+    for (name, _), frames in zip(actions, frames_BTHWC, strict=True):
+        strip = Strip(title=name, frames_THWC=frames)
+        file = f"held-{re.sub(r'[^A-Za-z0-9_-]+', '-', name).strip('-') or 'none'}"
+        if any(entry["gif"] == f"{file}.gif" for entry in drawn):
+            file = f"{file}-{len(drawn)}"
+        movie = enlarge(frames, times=fitting_scale(*frames.shape[1:3], target=256))
+        sheet = draw_sheet([strip], **_sheet_size([strip]))
+        drawn.append(
+            {
+                "action": name,
+                "png": _png(folder / f"{file}.png", sheet),
+                "gif": _gif(folder / f"{file}.gif", movie, world),
+            }
+        )
+    return drawn
+
+
+def _hold(world: World, start: RolloutStart, plan: Plan, num_frames: int, /) -> Frames:
+    """Return frames_BTHWC, one row a single action: the prompt's last frame, then those held."""
+    actions = single_actions(world.model.spec.actions)
     r, first = world.steps_per_latent, start.first
     steps = (plan.prompt_frames - 1) * r
     prompt_thw = start.episode.codes_thw[first : first + plan.prompt_frames]
@@ -104,24 +142,8 @@ def draw_held(
         sampling=world.sampling,
     )
     length = 1 + steps + num_frames * r
-    frames_BTHWC = world.tokenizer.decode(codes_Bthw, num_frames=length).cpu().numpy()
-    drawn: list[dict[str, str]] = []
-    for number, (name, _) in enumerate(actions):
-        frames = frames_BTHWC[number, steps:]
-        strip = Strip(title=name, frames_THWC=frames)
-        file = f"held-{re.sub(r'[^A-Za-z0-9_-]+', '-', name).strip('-') or 'none'}"
-        if any(entry["gif"] == f"{file}.gif" for entry in drawn):
-            file = f"{file}-{number}"
-        movie = enlarge(frames, times=fitting_scale(*frames.shape[1:3], target=256))
-        sheet = draw_sheet([strip], **_sheet_size([strip]))
-        drawn.append(
-            {
-                "action": name,
-                "png": _png(folder / f"{file}.png", sheet),
-                "gif": _gif(folder / f"{file}.gif", movie, world),
-            }
-        )
-    return drawn
+    frames_BTHWC: Frames = world.tokenizer.decode(codes_Bthw, num_frames=length).cpu().numpy()
+    return frames_BTHWC[:, steps:]
 
 
 def draw_drift(folder: Path, numbers: dict[str, Any], /) -> str:
@@ -134,7 +156,9 @@ def draw_drift(folder: Path, numbers: dict[str, Any], /) -> str:
         Line(name="reconstruction (bound)", x=steps, y=curves["reconstruction_db"], dashed=True),
         Line(name="last frame repeated", x=steps, y=curves["copy_db"], dashed=True),
     ]
-    chart = chart_png(lines, x_label="generated frame", y_label="PSNR to the true frame (dB)")
+    chart = chart_png(
+        lines, x_label="generated frame", y_label="PSNR to the true frame (dB)", width=8.0
+    )
     (folder / "drift.png").write_bytes(chart)
     return "drift.png"
 

@@ -72,8 +72,8 @@ class GenerateConfig:
     """How codes are drawn."""
     scale: int = 4
     """Every pixel becomes a square of this many pixels a side."""
-    device: str = "cpu"
-    """Where to compute: cpu, cuda, mps."""
+    device: str = "auto"
+    """Where to compute: auto (CUDA if there is one), cpu, cuda, mps."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that leave nothing to do."""
@@ -85,12 +85,16 @@ class GenerateConfig:
 
 def generate(config: GenerateConfig) -> Path:
     """Generate video from a start and actions; return the folder with what came out."""
+    from .devices import choose_device
     from .starts import Moment, read_start
     from .world import World
 
     _check_output(config.output)
     world = World.from_pretrained(
-        config.model, config.tokenizer, sampling=config.sampling, device=config.device
+        config.model,
+        config.tokenizer,
+        sampling=config.sampling,
+        device=choose_device(config.device),
     )
     moment = Moment(
         episode=config.episode,

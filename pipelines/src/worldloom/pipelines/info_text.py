@@ -1,6 +1,8 @@
 """A description -> text for people: a title, then aligned lines, tables indented under their names.
 
-{"kind": "episodes", "path": ..., "num_frames": 1200, ...}  ->  render  ->  text
+    {"kind": "episodes", "path": ..., "num_frames": 1200, ...}  ->  render  ->  text
+
+`worldloom info --json` prints the same description for programs.
 """
 
 from collections.abc import Mapping

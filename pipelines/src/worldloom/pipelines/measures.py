@@ -1,9 +1,11 @@
 """The measurements of `worldloom evaluate`. Each takes a world and held-out episodes.
 
-EPISODES            -> read_held_out -> frames, codes and actions of each held-out episode
-held-out episodes   -> reconstruction, given_the_past, first_frames -> numbers
-starts              -> roll_out -> true and generated frames        -> score -> numbers
-a start             -> clock    -> frames per second
+    EPISODES            -> read_held_out -> frames, codes and actions of each held-out episode
+    held-out episodes   -> reconstruction, given_the_past, first_frames -> numbers
+    starts              -> roll_out -> true and generated frames        -> score -> numbers
+    a start             -> clock    -> frames per second
+
+Squared errors are pooled before they become decibels; see worldloom.tokenizer.metrics.
 """
 
 import time
@@ -42,7 +44,7 @@ CLIP_FRAMES = 16
 _SIDE_BY_SIDE = 16
 """Videos that the tokenizer takes at once."""
 
-_SPEED_STRETCHES, _SPEED_SECONDS, _WARM_UP_STEPS = 5, 1.0, 8
+_SPEED_STRETCHES, _SPEED_SECONDS, _WARM_UP_STEPS = 5, 0.6, 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

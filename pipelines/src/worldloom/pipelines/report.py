@@ -25,6 +25,7 @@ from worldloom.common import (
 )
 
 from .charts import Line, chart_svg
+from .commands import COMMANDS
 from .page import bars, card, chart, duration, moving, page, percent, read, sheet
 from .pictures import Strip, draw_sheet, encode_png, fitting_scale
 
@@ -54,7 +55,9 @@ def write_report(
     env = read_json(run / "tokenizer" / "env.json", what="the versions a run used")
     try:
         numbers = {group: dict(evaluation[group]) for group in NUMBERS}
-        seconds = {name: float(stage["seconds"]) for name, stage in stages.items()}
+        # JSON keeps no order; the commands' own is that of the data.
+        order = [name for name in COMMANDS if name in stages]
+        seconds = {name: float(stages[name]["seconds"]) for name in order}
         body = [
             _opening(run, title, evaluation, seconds),
             _numbers(evaluation),
@@ -111,9 +114,10 @@ def _opening(
     return f"""<header>
 <h1>{html.escape(title)}</h1>
 <p class="lead">Learned from {frames:,} recorded frames in {duration(sum(seconds.values()))}, from
-the first recording to this page. Nothing below was seen in training.</p>
+the first recording to this page. All numbers and generated frames below are of episodes that it
+never trained on.</p>
 </header>
-<figure class="hero pixels">{hero}</figure>
+<figure class="hero">{hero}</figure>
 <p class="note" style="margin-top:.7rem">Left: what really happened. Right: what the model makes
 of the first {r["prompt_frames"]} frames and the same actions, frame after frame from its own
 output.</p>
@@ -291,7 +295,7 @@ def _rollouts(run: Path, evaluation: Mapping[str, Any]) -> str:
         y_label="PSNR to the true frame (dB)",
         describe="PSNR of rollouts by frame, for true and random actions, with the bound that "
         "reconstruction sets and the baseline of repeating the last frame",
-        width=9.0,
+        width=8.0,
     )
     sheets = "".join(
         sheet(

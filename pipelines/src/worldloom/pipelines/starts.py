@@ -99,7 +99,7 @@ def _from_picture(path: Path, tokenizer: VideoTokenizer, actions: ActionSpec) ->
 
     try:
         with Image.open(path) as picture:
-            frame = np.asarray(picture.convert("RGB"))
+            frame = np.array(picture.convert("RGB"))
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
         raise FormatError(f"{path}: not a readable picture ({error})") from error
     frames = _resized(frame[None], tokenizer)

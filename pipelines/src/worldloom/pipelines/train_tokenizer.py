@@ -84,10 +84,13 @@ def _dry_run(config: TrainTokenizerConfig, episodes: Episodes) -> "DryRun":
     model, training = config.model, config.training
     trained = Trained(fps=episodes.spec.fps, frame_skip=episodes.spec.frame_skip)
     tokenizer = ImageTokenizer(model, trained=trained).train()
+    # The codebook's first k-means wants a vector for every code.
+    codes = model.code_spec
+    probe = min(training.batch_clips, -(-codes.vocab_size // (training.clip_frames * codes.cells)))
 
     def forward() -> Tensor:
-        video_BCTHW = torch.zeros(1, 3, training.clip_frames, model.height, model.width)
-        # The codebook's first k-means draws from torch's global generator.
+        video_BCTHW = torch.zeros(probe, 3, training.clip_frames, model.height, model.width)
+        # It draws from torch's global generator.
         with library_seed(0, "dry-run"), torch.autocast("cpu", torch.bfloat16, training.bf16):
             output: Tensor = tokenizer(video_BCTHW).video_BCTHW
         return output
@@ -95,6 +98,7 @@ def _dry_run(config: TrainTokenizerConfig, episodes: Episodes) -> "DryRun":
     return estimate(
         tokenizer,
         forward,
+        probe=probe,
         samples=training.batch_clips,
         items=training.batch_clips * training.clip_frames,
         updates=training.num_steps,

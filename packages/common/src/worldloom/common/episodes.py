@@ -18,6 +18,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -212,7 +213,7 @@ class EpisodeWriter:
 
     def _write_piece(self) -> None:
         index = (self._num_frames - 1) // PIECE_FRAMES
-        self._write(f"frames/{index:06d}.npy", npy_bytes(np.stack(self._waiting)))
+        self._write(_piece_name(index), npy_bytes(np.stack(self._waiting)))
         self._waiting = []
 
     def _write(self, name: str, content: bytes) -> None:
@@ -256,11 +257,20 @@ class Episode:
             raise FormatError(f"{where}: must be an object with key, num_frames and metadata")
         num_frames, metadata = about["num_frames"], about["metadata"]
         check_count(where, "num_frames", num_frames)
+        # A claim of more frames than there are members for must not decide how much memory is
+        # asked for; and a member under another name is a damaged one, not one that is missing.
         names = self._zip.namelist()
-        # 2 or 3 more: episode.json, actions.npy and perhaps rewards.npy. A claim of more frames
-        # than there are members for must not decide how much memory is asked for.
-        if len(names) + num_frames // -PIECE_FRAMES not in (2, 3) or len(set(names)) < len(names):
-            raise FormatError(f"{self._path}: {len(names)} members do not make {num_frames} frames")
+        pieces = -(-num_frames // PIECE_FRAMES)
+        wanted = chain(["actions.npy"], (_piece_name(index) for index in range(pieces)))
+        there = set(names)
+        missing = next((name for name in wanted if name not in there), None)
+        if missing is not None:
+            raise FormatError(f"{self._path}: {missing} is missing from {num_frames} frames")
+        count = pieces + 2 + ("rewards.npy" in there)
+        if len(names) != count:
+            raise FormatError(
+                f"{self._path}: {len(names)} members, but {num_frames} frames make {count}"
+            )
         if not isinstance(metadata, dict):
             raise FormatError(f"{where}: metadata must be an object")
         if about["key"] != self.key:
@@ -308,7 +318,7 @@ class Episode:
             yield self._piece(index)
 
     def _piece(self, index: int) -> Frames:
-        name = f"frames/{index:06d}.npy"
+        name = _piece_name(index)
         where = f"{self._path}: {name}"
         count = min(PIECE_FRAMES, self.num_frames - index * PIECE_FRAMES)
         shape = (count, self.spec.height, self.spec.width, 3)
@@ -348,6 +358,10 @@ class Episode:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _piece_name(index: int) -> str:
+    return f"frames/{index:06d}.npy"
 
 
 class Episodes:

@@ -1,8 +1,10 @@
 """Stopping well: SIGTERM and Ctrl-C become a wish that a training loop grants between two steps.
 
-with Interrupt() as interrupt:
-for step in ...:
-if interrupt.wanted: save, then interrupt.leave()
+    with Interrupt() as interrupt:
+        for step in ...:
+            if interrupt.wanted: save, then interrupt.leave()
+
+Nothing is interrupted half way: what is saved is the state after a whole step.
 """
 
 import signal

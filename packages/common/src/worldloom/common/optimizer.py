@@ -1,7 +1,9 @@
 """What two training loops share about updates: parameter groups, schedule, state as tensors.
 
-optimizer        -> optimizer_tensors ->  {"0.exp_avg": ..., "0.step": ...}, for a checkpoint
-the same tensors -> load_optimizer    ->  the optimizer, to the last bit
+    optimizer        -> optimizer_tensors ->  {"0.exp_avg": ..., "0.step": ...}, for a checkpoint
+    the same tensors -> load_optimizer    ->  the optimizer, to the last bit
+
+Settings (rates, decays) are not part of the state: they come from the config and the step.
 """
 
 import math
@@ -50,13 +52,18 @@ def load_optimizer(
     """Put a saved state back.
 
     Raises:
-        FormatError: if a name is not one of this optimizer's.
+        FormatError: if a name or a shape is not one of this optimizer's.
     """
     state: dict[int, dict[str, Tensor]] = {}
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
-        if not index.isdigit() or int(index) >= count or not key:
+        if not index.isdecimal() or int(index) >= len(shapes) or not key:
             raise FormatError(f"{where}: {name!r} is no state of this optimizer")
+        if tensor.ndim and tensor.shape != shapes[int(index)]:
+            raise FormatError(
+                f"{where}: {name!r} has shape {tuple(tensor.shape)}, but the optimizer's parameter "
+                f"has {tuple(shapes[int(index)])}"
+            )
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

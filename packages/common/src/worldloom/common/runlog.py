@@ -24,7 +24,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .config import to_plain
 from .errors import FormatError
-from .files import parse_json, read_limited, storage_errors, write_bytes, write_json
+from .files import (
+    parse_json,
+    read_limited,
+    remove_leftovers,
+    storage_errors,
+    write_bytes,
+    write_json,
+)
 
 Item = TypeVar("Item")
 
@@ -58,6 +65,9 @@ class RunLog:
         self.run = run
         with storage_errors(run):
             run.mkdir(parents=True, exist_ok=True)
+        # A killed training may have left a whole model behind under a temporary name.
+        for folder in (run, run / "samples"):
+            remove_leftovers(folder)
         write_bytes(run / "config.toml", tomli_w.dumps(to_plain(config)).encode())
         write_json(run / "env.json", environment())
         self._drop_torn_line()

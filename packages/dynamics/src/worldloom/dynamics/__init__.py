@@ -9,14 +9,15 @@ if TYPE_CHECKING:
     from .config import DynamicsConfig as DynamicsConfig
     from .config import DynamicsTrainingConfig as DynamicsTrainingConfig
     from .config import SamplingConfig as SamplingConfig
+    from .losses import cross_entropy as cross_entropy
     from .model import DynamicsModel as DynamicsModel
-    from .model import DynamicsSpec as DynamicsSpec
     from .rollout import Rollout as Rollout
     from .rollout import Snapshot as Snapshot
     from .rollout import generate_codes as generate_codes
     from .sampling import sample_codes as sample_codes
-    from .training import cross_entropy as cross_entropy
+    from .spec import DynamicsSpec as DynamicsSpec
     from .training import train_dynamics_model as train_dynamics_model
+    from .validation import validate as validate
     from .windows import WindowBatch as WindowBatch
     from .windows import Windows as Windows
 
@@ -25,10 +26,13 @@ __getattr__, __dir__ = lazy_exports(
     {
         "actions": ("NULL",),
         "config": ("DynamicsConfig", "DynamicsTrainingConfig", "SamplingConfig"),
-        "model": ("DynamicsModel", "DynamicsSpec"),
+        "losses": ("cross_entropy",),
+        "model": ("DynamicsModel",),
         "rollout": ("Rollout", "Snapshot", "generate_codes"),
         "sampling": ("sample_codes",),
-        "training": ("cross_entropy", "train_dynamics_model"),
+        "spec": ("DynamicsSpec",),
+        "training": ("train_dynamics_model",),
+        "validation": ("validate",),
         "windows": ("WindowBatch", "Windows"),
     },
 )

@@ -3,7 +3,8 @@
     slots_BfrA integers  ->  actions_BfD, the sum over the r steps and A slots that lead to a frame
 
 Slot values are those of ActionSpec.encode. A step whose slots are NULL ("no action was given")
-gets the learned null embedding, which no action of the game shares: a no-op is an action.
+gets the learned null embedding, which no action of the game shares: a no-op is an action. Several
+keys at once are summed, and a key means the same in whichever slot it stands.
 """
 
 import torch
@@ -20,18 +21,26 @@ class ActionEmbedding(nn.Module):
 
     def __init__(self, spec: ActionSpec, /, *, steps: int, dim: int) -> None:
         super().__init__()
-        sizes = torch.tensor(spec.sizes, dtype=torch.int64)
-        per_step = int(sizes.sum()) + len(spec.sizes)  # one null a slot
-        starts_A = torch.cumsum(sizes + 1, 0) - (sizes + 1)
-        starts_rA = torch.arange(steps)[:, None] * per_step + starts_A
-        self.register_buffer("nulls_rA", starts_rA, persistent=False)
-        self.nulls_rA: Tensor
+        # Row 0 of a slot's table is null and row v + 1 is value v, so that NULL = -1 falls into
+        # place. Pressed keys move up a slot when another key is let go: their slots share a table.
+        self.register_buffer(
+            "sizes_A", torch.tensor(spec.sizes, dtype=torch.int64), persistent=False
+        )
+        self.sizes_A: Tensor
+        sizes_A = self.sizes_A + 1
+        starts_A = torch.cumsum(sizes_A, 0) - sizes_A
+        if spec.kind == "keys":
+            starts_A, sizes_A = torch.zeros_like(starts_A), sizes_A[:1]
+        per_step = int(sizes_A.sum())
+        first_rows_rA = 1 + torch.arange(steps)[:, None] * per_step + starts_A
+        self.register_buffer("first_rows_rA", first_rows_rA, persistent=False)
+        self.first_rows_rA: Tensor
+        # Where there are no actions one row stays, unused: an empty table has no width.
         self.table = nn.Embedding(max(1, steps * per_step), dim)
         nn.init.normal_(self.table.weight, std=0.02)
 
     def forward(self, slots_BfrA: Tensor, /) -> Tensor:
         """Return actions_BfD."""
-        # Row 0 of a slot's table is null, row v + 1 is value v: NULL = -1 falls into place.
-        rows = slots_BfrA + 1 + self.nulls_rA
-        actions_BfD: Tensor = self.table(rearrange(rows, "B f r A -> B f (r A)")).sum(dim=2)
+        rows = rearrange(slots_BfrA + self.first_rows_rA, "B f r A -> B f (r A)")
+        actions_BfD: Tensor = self.table(rows).sum(dim=2)
         return actions_BfD

@@ -18,7 +18,7 @@ from .config import DynamicsConfig
 from .sequence import Grid
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class KVCache:
     """One rollout's keys and values, every layer's."""
 
@@ -67,3 +67,21 @@ class KVCache:
     def clone(self) -> Self:
         """Return an independent copy."""
         return replace(self, keys=self.keys.clone(), values=self.values.clone())
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What one forward does with a cache: where its tokens go, and how far it sees."""
+
+    cache: KVCache
+    places: slice
+    """Where on the key axis the keys of its tokens are written."""
+    visible: int
+    """How many keys, from the first, it sees."""
+
+    def put(self, layer: int, key_BNsK: Tensor, value_BNsK: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Write a layer's keys and values of the tokens; return all that is seen, (B, N, M, K)."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[:, :, self.places] = key_BNsK
+        values[:, :, self.places] = value_BNsK
+        return keys[:, :, : self.visible], values[:, :, : self.visible]

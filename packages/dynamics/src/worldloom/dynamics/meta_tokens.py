@@ -19,10 +19,11 @@ STD = 0.02
 class MetaTokens(nn.Module):
     """M learned tokens."""
 
-    def __init__(self, num_tokens: int, dim: int) -> None:
+    def __init__(self, num_tokens: int, dim: int, /) -> None:
         super().__init__()
         self.tokens_MD = nn.Parameter(torch.randn(num_tokens, dim) * STD)
 
     def forward(self, batch: int, /) -> Tensor:
         """Return tokens_BMD."""
-        return repeat(self.tokens_MD, "M D -> B M D", B=batch)
+        tokens_BMD: Tensor = repeat(self.tokens_MD, "M D -> B M D", B=batch)
+        return tokens_BMD

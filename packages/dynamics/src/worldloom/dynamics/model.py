@@ -4,17 +4,16 @@
 
 Codes enter as their codebook vectors (a fixed table from the shards) through a learned
 projection, with a learned vector per code beside it; a learned embedding of the cell tells the
-grid apart. Logits leave through an untied head: FIELD measurements of tied heads are in
-docs/log.md.
+grid apart, and every token is fed its own cell's code one frame before. Logits leave through an
+untied head: heads tied to the codebook (dot product, distance) learned far less in prototypes.
 
-Source: the recipe of genie2-pytorch, without the defects that DESIGN lists; the previous-frame
-input and the learned cell embedding are what made the largest difference (docs/log.md).
+Source: the recipe of genie2-pytorch, without the defects that DESIGN lists.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +21,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from worldloom.common import (
-    ActionSpec,
     ConfigError,
     FormatError,
-    TokenizerSpec,
+    ShapeError,
     bind_shape,
     build,
     library_seed,
@@ -36,62 +34,32 @@ from worldloom.common import (
 )
 
 from .actions import ActionEmbedding
+from .code_embedding import CodeEmbedding
 from .config import DynamicsConfig
-from .kv_cache import KVCache
+from .kv_cache import KVCache, Window
 from .meta_tokens import MetaTokens
-from .positions import Rotary, join, no_rotation, rotary
+from .positions import Rotary, beside, in_space, in_time, join, no_rotation, rotary
 from .sequence import Grid, shift_before, shift_beside, sight_mask
+from .spec import DynamicsSpec
 from .transformer import Sight, Transformer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DynamicsSpec:
-    """What a dynamics model was trained on: it works with nothing else."""
-
-    tokenizer: TokenizerSpec
-    actions: ActionSpec
-    fps: float
-    """Pixel frames per second of the world."""
-    frame_skip: int
-    """Game frames per pixel frame."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {
-            "tokenizer": self.tokenizer.to_dict(),
-            "actions": self.actions.to_dict(),
-            "fps": self.fps,
-            "frame_skip": self.frame_skip,
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], /, *, where: str) -> Self:
-        """Rebuild from JSON values; `where` names the file in errors."""
-        try:
-            return cls(
-                tokenizer=TokenizerSpec.from_dict(data["tokenizer"], where=where),
-                actions=ActionSpec.from_dict(data["actions"], where=where),
-                fps=float(data["fps"]),
-                frame_skip=int(data["frame_skip"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"{where}: the spec lacks or garbles {error}") from error
-
-
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """Which cells are asked for in a rollout, and what they may know."""
+class OpenFrame:
+    """A latent frame that is being decided: all that is the same for each of its cells' forwards.
+
+    `DynamicsModel.open_frame` makes it.
+    """
 
     frame: int
     """Index of the latent frame in the video; the frames before it are in the cache."""
-    cells: slice
-    """Which cells; those before them in the order are decided."""
-    before_BS: Tensor
-    """Codes of the latent frame before; not looked at for frame 0."""
-    codes_BS: Tensor
-    """Codes of this frame, as far as they are decided."""
-    slots_BrA: Tensor | None
-    """The actions that lead to this frame; None for frame 0."""
+    fed_BSD: Tensor
+    """What every token is fed, but for the code beside it."""
+    turn: Rotary
+    """Every token's rotation."""
+    mask_SM: Tensor | None
+    """Which of the visible keys every token may see; None for all."""
+    cache: KVCache
 
 
 class DynamicsModel(nn.Module):
@@ -113,6 +81,10 @@ class DynamicsModel(nn.Module):
             spec: what it will be trained on.
             codebook_VZ: codebook vectors of the tokenizer, as `TokenShards.codebook_VZ` gives them.
             seed: of the weights.
+
+        Raises:
+            ConfigError: if the codes have residual levels.
+            ShapeError: if the codebook is not the spec's.
         """
         super().__init__()
         codes = spec.tokenizer.codes
@@ -129,7 +101,6 @@ class DynamicsModel(nn.Module):
         bind_shape("codebook", vectors, "V Z", V=codes.vocab_size, Z=codes.code_dim)
         with library_seed(seed, "dynamics-weights"):
             self.meta = MetaTokens(config.num_meta_tokens, config.dim)
-            # Row V stands for "no code": before the first frame, beside the first cell.
             self.before = CodeEmbedding(vectors, config.dim)
             self.beside = CodeEmbedding(vectors, config.dim) if self.grid.beside else None
             self.cell = nn.Embedding(self.grid.cells, config.dim)
@@ -138,7 +109,7 @@ class DynamicsModel(nn.Module):
             self.transformer = Transformer(config)
             self.to_logits = nn.Linear(config.dim, codes.vocab_size)
             nn.init.normal_(self.to_logits.weight, std=0.02)
-        self._windows: dict[tuple[int, torch.device], tuple[Rotary, Tensor]] = {}
+        self._constants: dict[str, tuple[tuple[int, torch.device], tuple[Rotary, Tensor]]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -156,23 +127,23 @@ class DynamicsModel(nn.Module):
             inputs_Bthw: codes to feed instead of the true ones (corrupted ones, in training).
 
         Raises:
-            ShapeError: if the grid or the number of steps is not the spec's.
+            ShapeError: if the grid or the number of steps is not the spec's, or t is below 2.
         """
         codes_BtS = self._codes_BtS(codes_Bthw)
         batch, frames = codes_BtS.shape[:2]
+        if frames < 2:
+            raise ShapeError(f"codes: {frames} latent frames; a frame is predicted from one before")
         fed_BtS = codes_BtS if inputs_Bthw is None else self._codes_BtS(inputs_Bthw)
         slots_BfrA = self._slots_BfrA(slots_BTA, batch, frames)
         first, no_code = self.grid.first_frame, self.spec.tokenizer.codes.vocab_size
         before_BtS = shift_before(fed_BtS, pad=no_code)
         beside_BtS = shift_beside(fed_BtS, self.grid, pad=no_code)
-        every = slice(0, self.grid.cells)
-        parts = [self._feed(before_BtS[:, 1:], beside_BtS[:, 1:], slots_BfrA, every)]
+        parts = [self.meta(batch)]
         if first == 0:  # no action leads to frame 0
-            parts.insert(0, self._feed(before_BtS[:, :1], beside_BtS[:, :1], None, every))
-        tokens_BLD = torch.cat([part.flatten(1, 2) for part in parts], dim=1)
-        tokens_BLD = torch.cat([self.meta(batch).to(tokens_BLD.dtype), tokens_BLD], dim=1)
-        turn, mask = self._window(frames, first)
-        out_BLD = self.transformer(tokens_BLD, turn, Sight(mask))
+            parts.append(self._feed(before_BtS[:, :1], beside_BtS[:, :1], None))
+        parts.append(self._feed(before_BtS[:, 1:], beside_BtS[:, 1:], slots_BfrA))
+        turn, mask_LL = self._window_constants(frames)
+        out_BLD = self.transformer(torch.cat(parts, dim=1), turn, Sight(mask_LL))
         skip = self.config.num_meta_tokens + (1 - first) * self.grid.cells
         logits_BLV: Tensor = self.to_logits(out_BLD[:, skip:])
         return rearrange(logits_BLV, "B (f S) V -> B f S V", S=self.grid.cells)
@@ -182,37 +153,69 @@ class DynamicsModel(nn.Module):
         cache = KVCache.allocate(self.config, self.grid, batch=batch, device=self.device)
         num_meta = self.config.num_meta_tokens
         if num_meta:
-            turn = no_rotation(num_meta, head_dim=self.head_dim, device=self.device)
-            here = slice(0, num_meta)
-            self.transformer(self.meta(batch), turn, Sight(None, cache, here, num_meta))
+            turn = no_rotation(num_meta, head_dim=self.head_dim).to(self.device)
+            window = Window(cache, slice(0, num_meta), num_meta)
+            self.transformer(self.meta(batch), turn, Sight(None, window))
         return cache
 
-    def cached_logits(self, asked: "Asked", cache: KVCache, /) -> Tensor:
-        """Return logits_BsV of some cells of one frame, and put their keys into the cache."""
-        grid, no_code = self.grid, self.spec.tokenizer.codes.vocab_size
-        frame, cells = asked.frame, asked.cells
-        before_BS = asked.before_BS if frame else torch.full_like(asked.before_BS, no_code)
-        beside_BfS = shift_beside(asked.codes_BS, grid, pad=no_code)[:, None]
-        slots_BfrA = None if asked.slots_BrA is None else asked.slots_BrA[:, None]
-        tokens_BfsD = self._feed(before_BS[:, None], beside_BfS, slots_BfrA, cells)
-        places = (
-            place.to(self.device)
-            for place in grid.places(frame, frame + 1, cells.start, cells.stop)
-        )
-        turn = rotary(*places, head_dim=self.head_dim)
-        there = cache.places(frame, cells.start, cells.stop)
-        visible = cache.visible(frame)
-        mask = None
-        if grid.group < grid.cells:
-            # Of its own frame a token sees the groups up to its own; what lies behind them is left
-            # over from the frame that slid out.
-            group = torch.arange(grid.cells, device=self.device) // grid.group
-            own = cache.places(frame, 0, grid.cells)
-            mask = torch.ones(len(group[cells]), visible, dtype=torch.bool, device=self.device)
-            mask[:, own] = group[None, :] <= group[cells, None]
-        out_BsD = self.transformer(tokens_BfsD[:, 0], turn, Sight(mask, cache, there, visible))
-        logits_BsV: Tensor = self.to_logits(out_BsD)
+    def open_frame(
+        self, frame: int, before_BS: Tensor, slots_BrA: Tensor | None, cache: KVCache, /
+    ) -> OpenFrame:
+        """Begin a latent frame, whose cells are then asked for by `cached_logits`.
+
+        Args:
+            frame: index of the latent frame in the video; the frames before it are in the cache.
+            before_BS: codes of the latent frame before; not looked at for frame 0.
+            slots_BrA: the actions that lead to the frame; None for frame 0.
+            cache: from `start_cache`; the frame's place in it is written to.
+        """
+        if frame == 0:
+            before_BS = torch.full_like(before_BS, self.spec.tokenizer.codes.vocab_size)
+        fed_BSD = self.before(before_BS) + self.cell.weight
+        if slots_BrA is not None:
+            fed_BSD = fed_BSD + self.actions(slots_BrA[:, None])
+        space, own_SS = self._frame_constants()
+        now = in_time(torch.tensor([frame]), head_dim=self.head_dim).to(self.device)
+        spread = Rotary(*(part.expand(self.grid.cells, -1) for part in now))
+        mask_SM = None
+        if self.grid.group < self.grid.cells:
+            # What lies in the frame's place behind the cells decided so far is left over from the
+            # frame that slid out.
+            shape = (self.grid.cells, cache.visible(frame))
+            mask_SM = torch.ones(shape, dtype=torch.bool, device=self.device)
+            mask_SM[:, cache.places(frame, 0, self.grid.cells)] = own_SS
+        return OpenFrame(frame, fed_BSD, beside(spread, space), mask_SM, cache)
+
+    def cached_logits(self, there: OpenFrame, cells: slice, codes_BS: Tensor, /) -> Tensor:
+        """Return logits_BsV of some cells of a frame, and put their keys into the cache.
+
+        Args:
+            there: the frame, from `open_frame`.
+            cells: which cells; those before them in the order are decided, and in the cache.
+            codes_BS: codes of the frame, as far as they are decided.
+        """
+        logits_BsV: Tensor = self.to_logits(self._cached(there, cells, codes_BS))
         return logits_BsV
+
+    def remember(self, there: OpenFrame, codes_BS: Tensor, /) -> None:
+        """Put the keys of a whole frame whose codes are known into the cache."""
+        self._cached(there, slice(0, self.grid.cells), codes_BS)
+
+    def _cached(self, there: OpenFrame, cells: slice, codes_BS: Tensor) -> Tensor:
+        """Return the tokens of some cells after all layers."""
+        tokens_BsD = there.fed_BSD[:, cells]
+        if self.beside is not None:
+            no_code = self.spec.tokenizer.codes.vocab_size
+            beside_BS = shift_beside(codes_BS, self.grid, pad=no_code)
+            tokens_BsD = tokens_BsD + self.beside(beside_BS[:, cells])
+        window = Window(
+            there.cache,
+            there.cache.places(there.frame, cells.start, cells.stop),
+            there.cache.visible(there.frame),
+        )
+        sight = Sight(None if there.mask_SM is None else there.mask_SM[cells], window)
+        out_BsD: Tensor = self.transformer(tokens_BsD, there.turn.of(cells), sight)
+        return out_BsD
 
     @property
     def head_dim(self) -> int:
@@ -232,38 +235,56 @@ class DynamicsModel(nn.Module):
         )  # fmt: skip
         return rearrange(slots_BTA, "B (f r) A -> B f r A", r=self.steps_per_frame)
 
-    def _feed(
-        self, before_BfS: Tensor, beside_BfS: Tensor, slots_BfrA: Tensor | None, cells: slice
-    ) -> Tensor:
-        """Return tokens_BfsD: the sum of what every token is fed."""
-        tokens_BfsD: Tensor = self.before(before_BfS[..., cells]) + self.cell.weight[cells]
+    def _feed(self, before_BfS: Tensor, beside_BfS: Tensor, slots_BfrA: Tensor | None) -> Tensor:
+        """Return tokens_BLD of whole frames: the sum of what every token is fed."""
+        tokens_BfSD: Tensor = self.before(before_BfS) + self.cell.weight
         if self.beside is not None:
-            tokens_BfsD = tokens_BfsD + self.beside(beside_BfS[..., cells])
+            tokens_BfSD = tokens_BfSD + self.beside(beside_BfS)
         if slots_BfrA is not None:
-            tokens_BfsD = tokens_BfsD + self.actions(slots_BfrA)[:, :, None]
-        return tokens_BfsD
+            tokens_BfSD = tokens_BfSD + self.actions(slots_BfrA)[:, :, None]
+        return tokens_BfSD.flatten(1, 2)
 
-    def _window(self, frames: int, first: int) -> tuple[Rotary, Tensor]:
-        """Return rotation and mask of a training window, meta tokens first."""
-        key = (frames, self.device)
-        if key not in self._windows:
-            frames_L, rows_L, columns_L = (
-                place.to(self.device) for place in self.grid.places(first, frames)
-            )
-            turn = join(
-                no_rotation(
-                    self.config.num_meta_tokens, head_dim=self.head_dim, device=self.device
-                ),
-                rotary(frames_L, rows_L, columns_L, head_dim=self.head_dim),
-            )
-            mask = sight_mask(
-                frames_L, rows_L * self.grid.width + columns_L,
-                grid=self.grid,
-                context_frames=self.config.context_frames,
-                num_meta=self.config.num_meta_tokens,
-            )  # fmt: skip
-            self._windows[key] = (turn, mask)
-        return self._windows[key]
+    def _window_constants(self, frames: int) -> tuple[Rotary, Tensor]:
+        """Return rotation and mask of a window of latent frames, meta tokens first."""
+        return self._kept("window", frames, self._make_window_constants)
+
+    def _make_window_constants(self, frames: int) -> tuple[Rotary, Tensor]:
+        frames_L, rows_L, columns_L = self.grid.places(self.grid.first_frame, frames)
+        num_meta = self.config.num_meta_tokens
+        turn = join(
+            no_rotation(num_meta, head_dim=self.head_dim),
+            rotary(frames_L, rows_L, columns_L, head_dim=self.head_dim),
+        )
+        mask_LL = sight_mask(
+            frames_L,
+            rows_L * self.grid.width + columns_L,
+            grid=self.grid,
+            context_frames=self.config.context_frames,
+            num_meta=num_meta,
+        )
+        return turn.to(self.device), mask_LL.to(self.device)
+
+    def _frame_constants(self) -> tuple[Rotary, Tensor]:
+        """Return what of a frame's rotation is the same in every frame, and its own mask_SS."""
+        return self._kept("frame", 1, self._make_frame_constants)
+
+    def _make_frame_constants(self, _frames: int) -> tuple[Rotary, Tensor]:
+        _, rows_S, columns_S = self.grid.places(0, 1)
+        group_S = torch.arange(self.grid.cells) // self.grid.group
+        own_SS = group_S[None, :] <= group_S[:, None]
+        space = in_space(rows_S, columns_S, head_dim=self.head_dim)
+        return space.to(self.device), own_SS.to(self.device)
+
+    def _kept(
+        self, what: str, frames: int, make: Callable[[int], tuple[Rotary, Tensor]]
+    ) -> tuple[Rotary, Tensor]:
+        """Return what `make` made last, if it was for as many frames and for this device."""
+        kept = self._constants.get(what)
+        if kept is None or kept[0] != (frames, self.device):
+            # Made while generating, they may be needed for training: not as inference tensors.
+            with torch.inference_mode(mode=False):
+                kept = self._constants[what] = ((frames, self.device), make(frames))
+        return kept[1]
 
     def save(self, folder: Path, /, *, card: str) -> None:
         """Write a model directory that `from_pretrained` reads."""
@@ -276,11 +297,14 @@ class DynamicsModel(nn.Module):
 
         Raises:
             FormatError: if a file is missing, altered, or does not fit the config.
+            MismatchError: if it holds another kind of model.
         """
         config, weights = load_model(folder, kind="dynamics")
         where = str(folder / "config.json")
         if set(config) != {"dynamics", "spec"}:
-            raise FormatError(f"{where}: lacks a field of a dynamics model's config")
+            raise FormatError(
+                f"{where}: the config of a dynamics model has the fields dynamics, spec"
+            )
         sizes = build(DynamicsConfig, config["dynamics"], where=where, error=FormatError)
         spec = DynamicsSpec.from_dict(config["spec"], where=where)
         codes = spec.tokenizer.codes
@@ -288,28 +312,3 @@ class DynamicsModel(nn.Module):
         load_weights(model, weights, where=str(folder))
         model.eval().requires_grad_(requires_grad=False)
         return model.to(device)
-
-
-class CodeEmbedding(nn.Module):
-    """Codes -> vectors: the codebook vector through a projection, plus a learned vector.
-
-    The codebook vector tells at the first step already which codes look alike; the learned one adds
-    what looks do not tell. Entry V stands for "no code".
-    """
-
-    def __init__(self, codebook_VZ: Tensor, dim: int) -> None:
-        super().__init__()
-        vectors = torch.cat([codebook_VZ, torch.zeros_like(codebook_VZ[:1])])
-        self.register_buffer("vectors", vectors)
-        self.vectors: Tensor
-        # Codebooks come at any scale; the projection should see unit variance.
-        self.register_buffer("scale", codebook_VZ.std().clamp_min(1e-6).reciprocal())
-        self.scale: Tensor
-        self.latent_to_model = nn.Linear(codebook_VZ.shape[1], dim, bias=False)
-        self.learned = nn.Embedding(len(vectors), dim)
-        nn.init.normal_(self.learned.weight, std=0.02)
-
-    def forward(self, codes: Tensor, /) -> Tensor:
-        """Return vectors of codes of any shape, with a last axis D."""
-        projected: Tensor = self.latent_to_model(self.vectors[codes] * self.scale)
-        return projected + self.learned(codes)

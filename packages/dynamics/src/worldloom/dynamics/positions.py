@@ -5,7 +5,7 @@
 A share of every head's channel pairs turns with the latent frame, the rest with row and column.
 Time is the frame's index in the video, the same in training, in cached sampling and after the
 window has slid: attention sees differences only. Angles are computed in float64, or frame 5,000
-would be blurred by rounding.
+would be blurred by rounding, and on the CPU, since not every device has float64.
 
 Source: RoFormer (arXiv:2104.09864), axial as in arXiv:2403.13298. Departs: base 100, not 10,000,
 because windows are tens of frames long and grids tens of cells wide.
@@ -25,6 +25,14 @@ class Rotary(NamedTuple):
     cos: Tensor
     sin: Tensor
 
+    def to(self, device: torch.device, /) -> "Rotary":
+        """Return the rotation on another device."""
+        return Rotary(self.cos.to(device), self.sin.to(device))
+
+    def of(self, tokens: slice, /) -> "Rotary":
+        """Return the rotation of some of the tokens."""
+        return Rotary(self.cos[tokens], self.sin[tokens])
+
 
 def rotary(frames_L: Tensor, rows_L: Tensor, columns_L: Tensor, /, *, head_dim: int) -> Rotary:
     """Return the rotation of tokens at these places.
@@ -35,23 +43,25 @@ def rotary(frames_L: Tensor, rows_L: Tensor, columns_L: Tensor, /, *, head_dim: 
         columns_L: column in the grid.
         head_dim: width K of one head, even.
     """
-    pairs = head_dim // 2
-    spatial = pairs * 3 // 10
-    angles = [
-        places_L.double()[:, None] * _frequencies(count, places_L.device)
-        for places_L, count in (
-            (frames_L, pairs - 2 * spatial),
-            (rows_L, spatial),
-            (columns_L, spatial),
-        )
-    ]
-    turned = torch.cat(angles, dim=-1)
-    return Rotary(turned.cos().float(), turned.sin().float())
+    return beside(
+        in_time(frames_L, head_dim=head_dim), in_space(rows_L, columns_L, head_dim=head_dim)
+    )
 
 
-def no_rotation(num_tokens: int, /, *, head_dim: int, device: torch.device) -> Rotary:
+def in_time(frames_L: Tensor, /, *, head_dim: int) -> Rotary:
+    """Return the part of the rotation that the latent frame decides."""
+    return _turns(frames_L, head_dim // 2 - 2 * _pairs_per_axis(head_dim))
+
+
+def in_space(rows_L: Tensor, columns_L: Tensor, /, *, head_dim: int) -> Rotary:
+    """Return the part of the rotation that row and column decide."""
+    pairs = _pairs_per_axis(head_dim)
+    return beside(_turns(rows_L, pairs), _turns(columns_L, pairs))
+
+
+def no_rotation(num_tokens: int, /, *, head_dim: int) -> Rotary:
     """Return the rotation of tokens without a place: none."""
-    ones = torch.ones(num_tokens, head_dim // 2, device=device)
+    ones = torch.ones(num_tokens, head_dim // 2)
     return Rotary(ones, torch.zeros_like(ones))
 
 
@@ -60,13 +70,27 @@ def join(first: Rotary, second: Rotary, /) -> Rotary:
     return Rotary(torch.cat([first.cos, second.cos]), torch.cat([first.sin, second.sin]))
 
 
-def rotate(tokens_BNLK: Tensor, turn: Rotary, /) -> Tensor:
+def beside(first: Rotary, second: Rotary, /) -> Rotary:
+    """Return the rotations of two sets of channel pairs, side by side."""
+    return Rotary(
+        torch.cat([first.cos, second.cos], dim=-1), torch.cat([first.sin, second.sin], dim=-1)
+    )
+
+
+def rotate(tokens_BLNK: Tensor, turn: Rotary, /) -> Tensor:
     """Turn every pair of channels (i, i + K/2) by its token's angle."""
-    first, second = tokens_BNLK.chunk(2, dim=-1)
-    cos, sin = turn.cos.to(tokens_BNLK.dtype), turn.sin.to(tokens_BNLK.dtype)
+    first, second = tokens_BLNK.chunk(2, dim=-1)
+    cos, sin = (part[:, None].to(tokens_BLNK.dtype) for part in turn)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
-def _frequencies(count: int, device: torch.device) -> Tensor:
-    """Return `count` angles per step, from 1 down towards 1 / base, float64."""
-    return _BASE ** (-torch.arange(count, device=device, dtype=torch.float64) / max(1, count))
+def _pairs_per_axis(head_dim: int) -> int:
+    """Return how many channel pairs turn with the row, and as many with the column."""
+    return head_dim // 2 * 3 // 10
+
+
+def _turns(places_L: Tensor, pairs: int) -> Rotary:
+    """Return `pairs` rotations, by 1 a place down towards 1 / base a place."""
+    speeds = _BASE ** (-torch.arange(pairs, dtype=torch.float64) / max(1, pairs))
+    angles = places_L.cpu().double()[:, None] * speeds
+    return Rotary(angles.cos().float(), angles.sin().float())

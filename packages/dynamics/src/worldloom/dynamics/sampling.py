@@ -8,19 +8,22 @@ and of nothing else, so the same seed and actions give the same codes whatever t
 order of decoding or the device count.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from .config import SamplingConfig
 
-_MASK = 0xFFFFFFFF
+_LEAST_TEMPERATURE = 1e-6
+"""Below it the likeliest code wins anyway, and dividing by it would leave float32."""
 
 
 def keyed_gumbel(seeds_B: Tensor, frame: int, cells: slice, vocab_size: int, /) -> Tensor:
     """Return noise_BsV, standard Gumbel, float32.
 
-    A counter-based generator: the counter (frame, cell, code) is mixed with the seed by three
-    rounds of murmur3's finaliser on 32-bit lanes, held in int64.
+    A counter-based generator: seed, frame, cell and code are mixed in, one after the other, by the
+    finaliser of splitmix64 (Stafford's variant 13), on int64 lanes that wrap around.
 
     Args:
         seeds_B: int64, one a row; any value.
@@ -31,12 +34,13 @@ def keyed_gumbel(seeds_B: Tensor, frame: int, cells: slice, vocab_size: int, /) 
     device = seeds_B.device
     cells_s = torch.arange(cells.start, cells.stop, device=device)
     codes_V = torch.arange(vocab_size, device=device)
-    key_B = _mix(_mix(seeds_B & _MASK) ^ ((seeds_B >> 32) & _MASK))
-    key_B = _mix(key_B ^ _mix(torch.as_tensor(frame & _MASK, device=device)))
-    key_Bs = _mix(key_B[:, None] ^ _mix(cells_s + 0x9E3779B9))
-    bits_BsV = _mix(key_Bs[..., None] ^ _mix(codes_V + 0x85EBCA6B))
+    # _mix(0) is 0, so every count starts elsewhere than at 0.
+    key_B = _mix(seeds_B ^ _WEYL)
+    key_B = _mix(key_B ^ _mix(torch.tensor(frame + 1, device=device)))
+    key_Bs = _mix(key_B[:, None] ^ _mix(cells_s + (1 << 32)))
+    bits_BsV = _mix(key_Bs[..., None] ^ _mix(codes_V + (1 << 48)))
     # 24 bits, half-way between neighbours: never 0 or 1, exact in float32.
-    uniform = ((bits_BsV >> 8).float() + 0.5) * 2.0**-24
+    uniform = ((bits_BsV & 0xFFFFFF).float() + 0.5) * 2.0**-24
     return -torch.log(-torch.log(uniform))
 
 
@@ -48,30 +52,36 @@ def sample_codes(logits_BsV: Tensor, noise_BsV: Tensor, sampling: SamplingConfig
         noise_BsV: standard Gumbel noise from `keyed_gumbel`.
         sampling: temperature 0 takes the likeliest code and ignores the noise.
     """
-    logits_BsV = logits_BsV.float()
     if sampling.temperature == 0:
         return logits_BsV.argmax(-1)
-    logits_BsV = logits_BsV / sampling.temperature
-    keep = torch.ones_like(logits_BsV, dtype=torch.bool)
+    logits_BsV = logits_BsV.float()
+    # Log-probabilities up to a constant: the likeliest code has 0, so that nothing can overflow.
+    logits_BsV = logits_BsV - logits_BsV.amax(-1, keepdim=True)
+    logits_BsV = logits_BsV / max(sampling.temperature, _LEAST_TEMPERATURE)
+    scores_BsV = logits_BsV + noise_BsV
     if sampling.min_p > 0:
-        best = logits_BsV.amax(-1, keepdim=True)
-        keep &= logits_BsV >= best + torch.log(torch.tensor(sampling.min_p))
+        scores_BsV = scores_BsV.masked_fill(logits_BsV < math.log(sampling.min_p), -torch.inf)
     if sampling.top_p < 1:
-        keep &= _nucleus(logits_BsV, sampling.top_p)
-    return (logits_BsV + noise_BsV).masked_fill(~keep, -torch.inf).argmax(-1)
+        scores_BsV = scores_BsV.masked_fill(~_nucleus(logits_BsV, sampling.top_p), -torch.inf)
+    return scores_BsV.argmax(-1)
 
 
 def _nucleus(logits_BsV: Tensor, top_p: float) -> Tensor:
     """Return True for the fewest codes whose probabilities sum to at least top_p."""
-    probs, order = logits_BsV.softmax(-1).sort(-1, descending=True)
+    probs, order = logits_BsV.softmax(-1).sort(stable=True, dim=-1, descending=True)
     # A code is dropped when the codes *above* it already reach top_p, so the likeliest survives.
     above = probs.cumsum(-1) - probs
     return torch.zeros_like(above, dtype=torch.bool).scatter(-1, order, above < top_p)
 
 
+_WEYL = 0x1E3779B97F4A7C15
+_FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
+_SECOND = 0x94D049BB133111EB - (1 << 64)
+
+
 def _mix(lanes: Tensor) -> Tensor:
-    """Return murmur3's 32-bit finaliser of every lane (int64 holding 32 bits)."""
-    lanes = lanes & _MASK
-    lanes = ((lanes ^ (lanes >> 16)) * 0x85EBCA6B) & _MASK
-    lanes = ((lanes ^ (lanes >> 13)) * 0xC2B2AE35) & _MASK
-    return lanes ^ (lanes >> 16)
+    """Return splitmix64's finaliser of every lane; a bijection of int64."""
+    # torch shifts signs in; masks make the shifts logical.
+    lanes = (lanes ^ ((lanes >> 30) & 0x3FFFFFFFF)) * _FIRST
+    lanes = (lanes ^ ((lanes >> 27) & 0x1FFFFFFFFF)) * _SECOND
+    return lanes ^ ((lanes >> 31) & 0x1FFFFFFFF)

@@ -1,7 +1,8 @@
-"""Codes and actions -> what every token is fed, where it stands and what it sees.
+"""Codes -> what every token is fed, where it stands and what it sees.
 
-    codes_BtS, slots_BTA  ->  Feed: codes of the same cell one frame before, codes beside, actions
-    frames, cells         ->  places (frame, row, column) and the mask of what may be seen
+    codes_BtS                        ->  codes of the same cell one frame before; codes beside
+    frames, cells                    ->  frames_L, rows_L, columns_L: where the tokens stand
+    the same, an order, a context    ->  mask_LL: what they see
 
 There is one token per cell and latent frame, and it predicts that cell's code. Its input never
 holds that code; it holds

@@ -1,22 +1,26 @@
 """Train the dynamics model on token shards: no pixels, no tokenizer; resumable to the last bit.
 
-    SHARDS  ->  RUN/{config.toml, env.json, metrics.jsonl, log.txt, checkpoints/, model/}
+    SHARDS  ->  RUN/{config.toml, env.json, metrics.jsonl, log.txt, checkpoints/, LATEST, model/}
 
-Devices, precision and processes are Accelerate's. Batch i and every draw of update i are pure
-functions of (seed, i), so a checkpoint holds weights, the optimizer's state and i; Accelerate's
-own state saving is not used (it reads pickles, and resumes with a missing generator state without
-a word).
+Devices and processes are Accelerate's. Batch i and every draw of update i are pure functions of
+(seed, i, row), so a checkpoint holds weights, the optimizer's state and i, and more processes
+compute the same updates. Accelerate's own state saving is not used: it reads pickles, and resumes
+without a word where a generator's state is missing. Nor is its mixed precision: it would replace
+the model's `forward` for good.
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
-from torch.nn.functional import cross_entropy as nats
 from worldloom.common import (
+    Checkpoint,
     Interrupt,
     MismatchError,
     RunLog,
@@ -24,6 +28,7 @@ from worldloom.common import (
     TrainingError,
     decay_groups,
     describe_difference,
+    fingerprint,
     format_metrics,
     load_optimizer,
     load_weights,
@@ -31,15 +36,17 @@ from worldloom.common import (
     optimizer_tensors,
     save_checkpoint,
     set_learning_rate,
-    stream,
     to_plain,
     warmup_cosine,
+    write_json,
 )
 
-from .actions import NULL
-from .config import DynamicsConfig, DynamicsTrainingConfig, SamplingConfig
-from .model import DynamicsModel, DynamicsSpec
-from .rollout import generate_codes
+from .config import DynamicsConfig, DynamicsTrainingConfig
+from .disturbance import disturb
+from .losses import cross_entropy, num_right, num_targets
+from .model import DynamicsModel
+from .spec import DynamicsSpec
+from .validation import validate
 from .windows import WindowBatch, Windows
 
 Validated = Callable[[DynamicsModel, int], None]
@@ -57,11 +64,14 @@ def train_dynamics_model(  # noqa: PLR0913 (all but two are named by who calls)
 ) -> Path:
     """Train, or go on training, and return the model directory RUN/model.
 
+    SIGTERM and Ctrl-C save a checkpoint and exit (143, 130); the same call continues. Under
+    torchrun the processes share every batch, and only the main one writes.
+
     Args:
         shards: codes and actions; only this folder is read.
-        run: the run directory.
+        run: the run directory, new or of the same settings and shards.
         model: sizes.
-        training: how.
+        training: how it is trained.
         cpu: stay on the CPU even where there is an accelerator.
         on_validation: called with the model and the update after each validation, to draw pictures.
 
@@ -70,211 +80,271 @@ def train_dynamics_model(  # noqa: PLR0913 (all but two are named by who calls)
         MismatchError: if the run holds checkpoints of other settings or other shards.
         TrainingError: if the loss stops being finite; the last checkpoint stays.
     """
-    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if training.bf16 else "no")
-    spec = DynamicsSpec(
-        tokenizer=shards.tokenizer,
-        actions=shards.actions,
-        fps=shards.fps,
-        frame_skip=shards.frame_skip,
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="no",
+        # The buffers are constants; there is nothing to spread before each forward.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    settings = {
-        "model": to_plain(model),
-        "training": to_plain(training),
-        "spec": spec.to_dict(),
-    }
     windows = Windows(shards, "train", window_frames=training.window_frames)
     held_out = Windows(
         shards,
         "validation" if shards.split("validation") else "train",
         window_frames=training.window_frames,
     )
-    dynamics = DynamicsModel(model, spec, shards.codebook_VZ(), seed=training.seed)
-    log = RunLog(run, config={"model": settings["model"], "training": settings["training"]})
+    settings = {
+        "model": to_plain(model),
+        "training": to_plain(training),
+        "shards": _fingerprint(shards),
+    }
+    with accelerator.main_process_first():  # it may have to mend what a kill left
+        checkpoint, remarks = _checkpoint(run, settings, accelerator.num_processes)
+    dynamics = DynamicsModel(
+        model, DynamicsSpec.of(shards), shards.codebook_VZ(), seed=training.seed
+    ).to(accelerator.device)
     optimizer = torch.optim.AdamW(
-        decay_groups(dynamics, weight_decay=training.weight_decay), lr=0.0, betas=(0.9, 0.95)
+        decay_groups(dynamics, weight_decay=training.weight_decay),
+        lr=0.0,
+        betas=(0.9, 0.95),
+        fused=True,
     )
-    step = _resume(run, log, dynamics, optimizer, settings)
+    step = _restore(checkpoint, dynamics, optimizer)
+    # Only the main process has a log; only who has a log writes.
+    log = None
+    if accelerator.is_main_process:
+        log = RunLog(run, config={"model": settings["model"], "training": settings["training"]})
+        log.forget_after(step)
+        for sentence in remarks:
+            log.say(sentence)
+    if step == training.num_steps and (run / "model" / "config.json").exists():
+        if log:
+            log.say(f"all {step} updates are done; {run / 'model'} is as it was")
+        return run / "model"
+    if log:
+        log.say(_introduction(dynamics, windows, accelerator, step))
     wrapped, optimizer = accelerator.prepare(dynamics, optimizer)
-    num_parameters = sum(p.numel() for p in dynamics.parameters())
-    log.say(
-        f"dynamics: {num_parameters / 1e6:.1f}M parameters, order {model.order}; "
-        f"{len(windows)} windows of {training.window_frames} latent frames; "
-        f"{accelerator.num_processes} process(es) on {accelerator.device.type}; from update {step}"
-    )
-    started, start_step = time.monotonic(), step
+    rows = range(accelerator.process_index, training.batch_windows, accelerator.num_processes)
+    scores: dict[str, float] | None = None
+    clock = _Clock()
     with Interrupt() as interrupt:
         while step < training.num_steps:
-            batch = windows.batch(
-                step,
-                size=training.batch_windows,
-                seed=training.seed,
-                rank=accelerator.process_index,
-                num_ranks=accelerator.num_processes,
-            ).to(accelerator.device)
-            factor = warmup_cosine(
-                step, warmup_steps=training.warmup_steps, num_steps=training.num_steps
-            )
-            set_learning_rate(optimizer, training.learning_rate * factor)
-            rng = stream(training.seed, "dynamics-update", step, accelerator.process_index)
-            fed = _disturb(batch, training, shards.codes.vocab_size, rng)
-            values = _update(accelerator, wrapped, optimizer, batch, fed)
+            with clock:
+                batch = windows.batch(
+                    step,
+                    size=training.batch_windows,
+                    seed=training.seed,
+                    rank=accelerator.process_index,
+                    num_ranks=accelerator.num_processes,
+                ).to(accelerator.device)
+                fed = disturb(
+                    batch, training, vocab_size=shards.codes.vocab_size, step=step, rows=rows
+                )
+                factor = warmup_cosine(
+                    step, warmup_steps=training.warmup_steps, num_steps=training.num_steps
+                )
+                set_learning_rate(optimizer, training.learning_rate * factor)
+                update = _gradients(accelerator, wrapped, batch, fed, bf16=training.bf16)
+                if not update.is_finite():
+                    origins = windows.origins(step, size=training.batch_windows, seed=training.seed)
+                    raise _diverged(run, step, update, origins, write=log is not None)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             step += 1
             last = step == training.num_steps
+            stop = _anywhere(accelerator, interrupt.wanted)
             if step % training.log_every == 0 or last:
-                seconds_per_step = (time.monotonic() - started) / (step - start_step)
-                tokens = training.batch_windows * (training.window_frames - 1) * dynamics.grid.cells
-                log.metrics(step, **values, tokens_per_s=tokens / seconds_per_step)
-                log.say(
-                    f"update {step} of {training.num_steps}  {format_metrics(values)}  "
-                    f"{tokens / seconds_per_step:,.0f} tokens/s"
-                )
-            if step % training.validate_every == 0 or last:
+                values = update.numbers(accelerator, batch)
+                if log:
+                    tokens_per_s = _num_predicted(dynamics, training) / clock.mean_s
+                    log.metrics(step, **values, tokens_per_s=tokens_per_s)
+                    log.say(
+                        f"update {step} of {training.num_steps}  {format_metrics(values)}  "
+                        f"{tokens_per_s:,.0f} tokens/s"
+                    )
+            if log and (step % training.validate_every == 0 or last):
                 scores = validate(dynamics, held_out, seed=training.seed)
                 log.metrics(step, **scores)
                 log.say(f"held out at {step}  {format_metrics(scores)}")
                 if on_validation is not None:
                     on_validation(dynamics, step)
-            if step % training.checkpoint_every == 0 or last or interrupt.wanted:
-                save_checkpoint(
-                    run,
-                    step,
-                    {"model": dynamics.state_dict(), "optimizer": optimizer_tensors(optimizer)},
-                    {"settings": settings},
-                )
-            if interrupt.wanted:
-                log.say(f"stopped at update {step}; the same command continues from here")
+            if log and (step % training.checkpoint_every == 0 or last or stop):
+                tensors = {
+                    "model": dynamics.state_dict(),
+                    "optimizer": optimizer_tensors(optimizer),
+                }
+                state = {"settings": settings, "num_processes": accelerator.num_processes}
+                save_checkpoint(run, step, tensors, state)
+            if stop:
+                if log:
+                    log.say(f"stopped at update {step}; the same command continues from here")
+                accelerator.wait_for_everyone()
                 interrupt.leave()
-    scores = validate(dynamics, held_out, seed=training.seed)
-    dynamics.save(run / "model", card=_card(dynamics, training, scores))
+    if log:
+        if scores is None:  # a kill came between the last checkpoint and the model
+            scores = validate(dynamics, held_out, seed=training.seed)
+        dynamics.eval()
+        dynamics.save(run / "model", card=_card(dynamics, training, scores))
+    accelerator.wait_for_everyone()
     return run / "model"
 
 
-def _resume(
-    run: Path,
-    log: RunLog,
-    dynamics: DynamicsModel,
-    optimizer: torch.optim.Optimizer,
-    settings: dict[str, object],
-) -> int:
-    """Load the newest valid checkpoint, if there is one; return the updates done."""
-    checkpoint, skipped = newest_checkpoint(run)
-    for sentence in skipped:
-        log.say(sentence)
+def _fingerprint(shards: TokenShards) -> str:
+    """Return the hash of what is learned from: codes, actions, splits and what they mean."""
+    names = ("tokenizer", "actions", "fps", "frame_skip", "codebook", "shards", "episodes")
+    return fingerprint({name: shards.manifest[name] for name in names}, [])
+
+
+def _checkpoint(
+    run: Path, settings: dict[str, Any], num_processes: int
+) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest valid checkpoint, if any, and what is to be said about it.
+
+    Called before anything is written: a run of other settings stays as it is.
+    """
+    checkpoint, remarks = newest_checkpoint(run)
     if checkpoint is None:
-        log.forget_after(0)
-        return 0
-    if checkpoint.state["settings"] != settings:
+        return None, remarks
+    saved = checkpoint.state.get("settings")
+    if saved != settings:
         raise MismatchError(
             f"{checkpoint.path}: was trained with other settings "
-            f"({describe_difference(checkpoint.state['settings'], settings)}); "
+            f"({describe_difference(saved, settings)}); "
             "go on with the same ones, or choose another --output"
         )
-    load_weights(dynamics, checkpoint.tensors["model"], where=str(checkpoint.path))
-    load_optimizer(optimizer, checkpoint.tensors["optimizer"], where=str(checkpoint.path))
-    log.forget_after(checkpoint.step)
+    before = checkpoint.state.get("num_processes")
+    if before != num_processes:
+        remarks = [
+            *remarks,
+            f"{num_processes} process(es) go on with what {before} began: the same windows, "
+            "but sums are rounded otherwise",
+        ]
+    return checkpoint, remarks
+
+
+def _restore(
+    checkpoint: Checkpoint | None, dynamics: DynamicsModel, optimizer: torch.optim.Optimizer
+) -> int:
+    """Load a checkpoint, if there is one; return the updates done."""
+    if checkpoint is None:
+        return 0
+    where = str(checkpoint.path)
+    load_weights(dynamics, checkpoint.tensors["model"], where=where)
+    load_optimizer(optimizer, checkpoint.tensors["optimizer"], where=where)
     return checkpoint.step
 
 
-def _update(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: WindowBatch,
-    fed: WindowBatch,
-) -> dict[str, float]:
-    """Do one optimizer update that learns `batch` from `fed`; return its numbers."""
-    model.train()
-    with accelerator.autocast():
-        logits_BfSV = model(batch.codes_Bthw, fed.slots_BTA, inputs_Bthw=fed.codes_Bthw)
-    loss, accuracy = cross_entropy(logits_BfSV, batch)
-    accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
-    if not torch.isfinite(loss) or not torch.isfinite(norm):
-        raise TrainingError(
-            f"the loss is {loss.item()} and the gradient norm {norm.item()}; the weights were left "
-            "as they were. Lower --training.learning-rate"
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss.item(), "accuracy": accuracy.item(), "gradient_norm": norm.item()}
-
-
-def _disturb(
-    batch: WindowBatch, training: DynamicsTrainingConfig, vocab_size: int, rng: torch.Generator, /
-) -> WindowBatch:
-    """Return what the model is fed: some windows without actions, some codes wrong."""
-    return WindowBatch(
-        corrupt(batch.codes_Bthw, training.corruption, vocab_size, rng),
-        drop_actions(batch.slots_BTA, training.action_dropout, rng),
-        batch.valid_Bt,
+def _introduction(
+    dynamics: DynamicsModel, windows: Windows, accelerator: Accelerator, step: int
+) -> str:
+    """Return the line that opens the log."""
+    num_parameters = sum(p.numel() for p in dynamics.parameters())
+    return (
+        f"dynamics: {num_parameters / 1e6:.1f}M parameters, order {dynamics.config.order}; "
+        f"{len(windows)} windows in {windows.latent_frames} latent frames; "
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, from update {step}"
     )
 
 
-def cross_entropy(logits_BfSV: Tensor, batch: WindowBatch, /) -> tuple[Tensor, Tensor]:
-    """Return (cross-entropy in nats per code, accuracy) over the valid frames after the first."""
-    targets_BfS = batch.codes_Bthw[:, 1:].flatten(2)
-    valid_BfS = batch.valid_Bt[:, 1:, None].expand_as(targets_BfS)
-    logits, targets = logits_BfSV[valid_BfS].float(), targets_BfS[valid_BfS]
-    accuracy = (logits.argmax(-1) == targets).float().mean()
-    return nats(logits, targets), accuracy.detach()
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """One update, computed and not yet done: the gradients wait in the parameters."""
+
+    loss: Tensor
+    """Nats per code, over all processes."""
+    gradient_norm: Tensor
+    logits_BfSV: Tensor
+    num_codes: int
+    """Over all processes."""
+
+    def is_finite(self) -> bool:
+        """Tell whether the update may be done; the same in every process."""
+        return bool(torch.isfinite(self.loss) & torch.isfinite(self.gradient_norm))
+
+    def numbers(self, accelerator: Accelerator, batch: WindowBatch) -> dict[str, float]:
+        """Return what the log says about it."""
+        right = accelerator.reduce(num_right(self.logits_BfSV, batch))
+        return {
+            "loss": self.loss.item(),
+            "accuracy": right.item() / self.num_codes,
+            "gradient_norm": self.gradient_norm.item(),
+        }
 
 
-def drop_actions(slots_BTA: Tensor, rate: float, rng: torch.Generator, /) -> Tensor:
-    """Return slots in which a share of the windows, never a whole batch, has null actions."""
-    dropped_B = torch.rand(len(slots_BTA), generator=rng) < rate
-    return slots_BTA.masked_fill(dropped_B.to(slots_BTA.device)[:, None, None], NULL)
+def _gradients(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    batch: WindowBatch,
+    fed: WindowBatch,
+    *,
+    bf16: bool,
+) -> _Update:
+    """Compute the loss of predicting `batch` from `fed`, and the clipped gradients."""
+    model.train()
+    device = accelerator.device
+    num_codes = int(accelerator.reduce(torch.tensor(num_targets(batch), device=device)).item())
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        logits_BfSV = model(batch.codes_Bthw, fed.slots_BTA, inputs_Bthw=fed.codes_Bthw)
+    nats, _ = cross_entropy(logits_BfSV, batch)
+    # Gradients are averaged over processes, but padding is not dealt out evenly: every code shall
+    # weigh the same, wherever it is.
+    accelerator.backward(nats * (accelerator.num_processes / num_codes))
+    norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    loss = accelerator.reduce(nats.detach()) / num_codes
+    return _Update(loss, norm, logits_BfSV.detach(), num_codes)
 
 
-def corrupt(codes_Bthw: Tensor, most: float, vocab_size: int, rng: torch.Generator, /) -> Tensor:
-    """Return input codes of which a share is replaced at random, growing along the window.
+def _diverged(
+    run: Path, step: int, update: _Update, origins: list[tuple[str, int]], *, write: bool
+) -> TrainingError:
+    """Write which windows the update saw to RUN/diverged.json; return the error to raise."""
+    numbers = {"loss": str(update.loss.item()), "gradient_norm": str(update.gradient_norm.item())}
+    path = run / "diverged.json"
+    if write:
+        content = {
+            "step": step + 1,
+            **numbers,  # as text: JSON has no NaN
+            "windows": [{"episode": key, "first_latent_frame": first} for key, first in origins],
+        }
+        write_json(path, content)
+    return TrainingError(
+        f"{run}: at update {step + 1} the loss is {numbers['loss']} and the gradient norm "
+        f"{numbers['gradient_norm']}; the update was not done and the last checkpoint is whole. "
+        f"The windows are named in {path}. Lower --training.learning-rate and choose another "
+        "--output"
+    )
 
-    A rollout feeds on its own mistakes, which training never shows; random ones teach not to
-    trust every cell. The share goes from 0 at the first frame to a rate drawn per window, at most
-    `most`.
-    """
-    batch, t = codes_Bthw.shape[:2]
-    rate_B = torch.rand(batch, generator=rng) * most
-    rate_Bt = rate_B[:, None] * torch.linspace(0, 1, t)
-    replaced = torch.rand(codes_Bthw.shape, generator=rng) < rate_Bt[:, :, None, None]
-    random = torch.randint(vocab_size, codes_Bthw.shape, generator=rng)
-    device = codes_Bthw.device
-    return torch.where(replaced.to(device), random.to(device), codes_Bthw)
+
+def _anywhere(accelerator: Accelerator, wanted: bool) -> bool:
+    """Tell whether any process was asked to stop, in all of them at the same update."""
+    if accelerator.num_processes == 1:
+        return wanted
+    asked = torch.tensor(int(wanted), device=accelerator.device)
+    return bool(accelerator.reduce(asked).item())
 
 
-@torch.no_grad()
-def validate(
-    dynamics: DynamicsModel, windows: Windows, /, *, seed: int, num_windows: int = 128
-) -> dict[str, float]:
-    """Return held-out numbers, teacher-forced and free-running.
+def _num_predicted(dynamics: DynamicsModel, training: DynamicsTrainingConfig) -> int:
+    """Return how many codes an update predicts, padding included."""
+    return training.batch_windows * (training.window_frames - 1) * dynamics.grid.cells
 
-    validation_loss, validation_accuracy: the next frame's codes given the true past.
-    free_running_accuracy: cells of the first frame sampled after a prompt of half a window that
-    are the true ones. copy_accuracy: the same for repeating the prompt's last frame.
-    """
-    dynamics.eval()
-    batch = windows.batch(0, size=num_windows, seed=seed).to(dynamics.device)
-    logits_BfSV = dynamics(batch.codes_Bthw, batch.slots_BTA)
-    loss, accuracy = cross_entropy(logits_BfSV, batch)
-    prompt_frames = max(1, batch.codes_Bthw.shape[1] // 2)
-    whole_B = batch.valid_Bt[:, : prompt_frames + 1].all(1)
-    scores = {"validation_loss": loss.item(), "validation_accuracy": accuracy.item()}
-    if whole_B.any():
-        codes_Bthw, slots_BTA = batch.codes_Bthw[whole_B], batch.slots_BTA[whole_B]
-        generated_Bthw = generate_codes(
-            dynamics,
-            codes_Bthw[:, :prompt_frames],
-            slots_BTA[:, : prompt_frames * dynamics.steps_per_frame],
-            seeds=range(len(codes_Bthw)),
-            sampling=SamplingConfig(),
-        )
-        true_Bhw = codes_Bthw[:, prompt_frames]
-        free, copied = (
-            generated_Bthw[:, -1] == true_Bhw,
-            codes_Bthw[:, prompt_frames - 1] == true_Bhw,
-        )
-        scores["free_running_accuracy"] = free.float().mean().item()
-        scores["copy_accuracy"] = copied.float().mean().item()
-    return scores
+
+class _Clock:
+    """Mean time of the blocks it goes around: updates, not validations and checkpoints."""
+
+    def __init__(self) -> None:
+        self._started = self._sum_s = 0.0
+        self._count = 0
+
+    def __enter__(self) -> None:
+        self._started = time.monotonic()
+
+    def __exit__(self, *exception: object) -> None:
+        self._sum_s += time.monotonic() - self._started
+        self._count += 1
+
+    @property
+    def mean_s(self) -> float:
+        """Seconds per block so far."""
+        return self._sum_s / self._count
 
 
 def _card(
@@ -291,7 +361,7 @@ fingerprint `{spec.tokenizer.fingerprint[:16]}` and of no other:
 
 | | |
 |---|---|
-| actions | {spec.actions.kind}: {", ".join(spec.actions.names)} |
+| actions | {": ".join(filter(None, (spec.actions.kind, ", ".join(spec.actions.names))))} |
 | frames per second | {spec.fps:g} |
 | sizes | {config.num_layers} layers, width {config.dim}, order {config.order} |
 | frames in view | {config.context_frames} |
@@ -300,9 +370,12 @@ fingerprint `{spec.tokenizer.fingerprint[:16]}` and of no other:
 {numbers}
 
 ```python
+from pathlib import Path
 from worldloom.dynamics import DynamicsModel, SamplingConfig, generate_codes
 
-model = DynamicsModel.from_pretrained("this folder")
-codes = generate_codes(model, prompt_codes, actions, seeds=[0], sampling=SamplingConfig())
+model = DynamicsModel.from_pretrained(Path("this folder"))
+# prompt: int64 (B, p, {codes.grid_height}, {codes.grid_width}) codes, p >= 1
+# actions: int64 (B, {codes.frames_per_latent} (t - 1), {spec.actions.num_slots}) slots
+codes = generate_codes(model, prompt, actions, seeds=[0], sampling=SamplingConfig())
 ```
 """

@@ -2,13 +2,14 @@
 
     tokens_BLD, rotation, what may be seen  ->  tokens_BLD
 
-The feed-forward layers and norms are x-transformers'. The attention around them is ours, because
+The feed-forward layers are x-transformers'. The attention beside them is ours, because
 x-transformers' cache grows by concatenation, is causal only and takes no mask, while ours is
 written in place (kv_cache.py) and must see rows and frames as the order says. Queries and keys
 are normalised per head (arXiv:2302.05442), and values mix with the first layer's by a learned
 share (value residual, arXiv:2410.17897), which is free.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,23 +19,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from x_transformers.x_transformers import FeedForward
 
 from .config import DynamicsConfig
-from .kv_cache import KVCache
+from .kv_cache import Window
 from .positions import Rotary, rotate
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Sight:
-    """What the tokens of one forward may see.
-
-    Without a cache they see each other through the mask. With one, their keys are first written to
-    `places`; then they see the first `visible` keys of the cache, through the mask if there is one.
-    """
+    """What the tokens of one forward may see: each other, or with a window what lies in a cache."""
 
     mask: Tensor | None
     """(queries, keys), True where a query may see a key; None for everywhere."""
-    cache: KVCache | None = None
-    places: slice | None = None
-    visible: int = 0
+    window: Window | None = None
+    """Where the tokens' own keys go first, and how far they see."""
 
 
 class Attention(nn.Module):
@@ -52,19 +48,18 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(config.dim, config.dim, bias=False)
         nn.init.zeros_(self.to_out.weight)
         # The share of the first layer's values, per head; sigmoid(-2) = 0.12 at the start.
-        self.value_mix = nn.Parameter(torch.full((config.num_heads, 1, 1), -2.0)) if layer else None
+        self.value_mix = nn.Parameter(torch.full((config.num_heads, 1), -2.0)) if layer else None
 
     def forward(
         self, tokens_BLD: Tensor, turn: Rotary, sight: Sight, first_values: Tensor | None, /
     ) -> tuple[Tensor, Tensor]:
-        """Return what the layer adds, and the first layer's values_BNLK."""
-        # On a CPU only the matrix products gain by bf16: attention's backward is three times slower
-        # in it, and the norms fall out of their fused kernel. So attention is float32 there.
-        on_cpu = tokens_BLD.device.type == "cpu"
-        qkv = self.to_qkv(self.norm(tokens_BLD))
+        """Return what the layer adds, and the first layer's values_BLNK."""
+        qkv_BLE = self.to_qkv(self.norm(tokens_BLD))
+        # Heads stay behind tokens until the last moment: norm and rotation then run over memory in
+        # the order in which it lies.
         query, key, value = rearrange(
-            qkv.float() if on_cpu else qkv, "B L (three N K) -> three B N L K",
-            three=3, N=self.num_heads,
+            qkv_BLE.float() if _narrow_on_cpu(tokens_BLD) else qkv_BLE,
+            "B L (three N K) -> three B L N K", three=3, N=self.num_heads,
         )  # fmt: skip
         query = rotate(self.query_norm(query), turn)
         key = rotate(self.key_norm(key), turn)
@@ -72,21 +67,27 @@ class Attention(nn.Module):
             first_values = value
         if self.value_mix is not None:
             value = torch.lerp(value, first_values, self.value_mix.sigmoid().to(value.dtype))
-        if sight.cache is not None:
-            key, value = self._remember(key, value, sight)
-        with torch.autocast(query.device.type, enabled=not on_cpu):
-            seen_BNLK = scaled_dot_product_attention(query, key, value, attn_mask=sight.mask)
+        query, key, heads = (part.transpose(1, 2) for part in (query, key, value))
+        if sight.window is not None:
+            key, heads = sight.window.put(self.layer, key, heads)
+        with _attention_precision(tokens_BLD):
+            seen_BNLK = scaled_dot_product_attention(query, key, heads, attn_mask=sight.mask)
         added_BLD: Tensor = self.to_out(rearrange(seen_BNLK, "B N L K -> B L (N K)"))
         return added_BLD, first_values
 
-    def _remember(self, key: Tensor, value: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
-        """Write keys and values into the cache; return all that is visible."""
-        assert sight.cache is not None
-        assert sight.places is not None
-        keys, values = sight.cache.keys[self.layer], sight.cache.values[self.layer]
-        keys[:, :, sight.places] = key
-        values[:, :, sight.places] = value
-        return keys[:, :, : sight.visible], values[:, :, : sight.visible]
+
+def _narrow_on_cpu(tokens_BLD: Tensor) -> bool:
+    """Tell whether this is bf16 on a CPU, where only the matrix products gain by it.
+
+    Attention's backward is three times slower in bf16 there, and the norms fall out of their fused
+    kernel. So both stay in float32.
+    """
+    return tokens_BLD.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+
+
+def _attention_precision(tokens_BLD: Tensor) -> AbstractContextManager[object]:
+    """Return the context in which attention runs: see `_narrow_on_cpu`."""
+    return torch.autocast("cpu", enabled=False) if _narrow_on_cpu(tokens_BLD) else nullcontext()
 
 
 class Transformer(nn.Module):

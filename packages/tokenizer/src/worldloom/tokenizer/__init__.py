@@ -9,16 +9,16 @@ if TYPE_CHECKING:
     from .config import QuantizerConfig as QuantizerConfig
     from .config import TokenizerConfig as TokenizerConfig
     from .config import TokenizerTrainingConfig as TokenizerTrainingConfig
-    from .losses import usage as usage
+    from .metrics import usage as usage
     from .model import ImageTokenizer as ImageTokenizer
     from .model import Trained as Trained
-    from .model import load_tokenizer as load_tokenizer
     from .pixels import resize_frames as resize_frames
     from .pixels import to_frames as to_frames
     from .pixels import to_video as to_video
     from .protocol import DecoderSession as DecoderSession
     from .protocol import EncoderSession as EncoderSession
     from .protocol import VideoTokenizer as VideoTokenizer
+    from .registry import load_tokenizer as load_tokenizer
     from .training import train_image_tokenizer as train_image_tokenizer
 
 __getattr__, __dir__ = lazy_exports(
@@ -26,10 +26,11 @@ __getattr__, __dir__ = lazy_exports(
     {
         "clips": ("Clips",),
         "config": ("QuantizerConfig", "TokenizerConfig", "TokenizerTrainingConfig"),
-        "losses": ("usage",),
-        "model": ("ImageTokenizer", "Trained", "load_tokenizer"),
+        "metrics": ("usage",),
+        "model": ("ImageTokenizer", "Trained"),
         "pixels": ("resize_frames", "to_frames", "to_video"),
         "protocol": ("DecoderSession", "EncoderSession", "VideoTokenizer"),
+        "registry": ("load_tokenizer",),
         "training": ("train_image_tokenizer",),
     },
 )

@@ -2,29 +2,28 @@
 
     EPISODES, seed  ->  batch i: frames_BTHWC uint8
 
-No clip crosses the border of an episode. Batch i depends on nothing but (seed, i), so a resumed run
-sees what an uninterrupted one would. Episodes shorter than a clip are left out and counted.
+No clip crosses the border of an episode. Batch i depends on nothing but (seed, i), so a resumed
+run sees what an uninterrupted one would. Episodes shorter than a clip are left out and counted.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from worldloom.common import Episodes, FormatError, Frames, numpy_stream
+from worldloom.common import Episodes, FormatError, Frames, ResizeRule, numpy_stream
 
 from .pixels import resize_frames
 
 
 class Clips:
-    """Random clips of a folder of episodes.
+    """Random clips of a folder of episodes; every starting frame is equally likely.
 
-    Every starting frame of every episode is equally likely. Decoded episodes are kept in memory up
-    to `cache_bytes`; a small corpus is decoded once.
+    Episodes are decoded once and kept as long as `cache_bytes` lasts. Of those that found no room
+    each clip is read from its file by itself: slower, but memory stays where it is.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a clip is, in plain sight; a group of it would need a name
         self,
         episodes: Episodes,
         keys: Sequence[str],
@@ -32,62 +31,80 @@ class Clips:
         *,
         clip_frames: int,
         size: tuple[int, int],
-        resize: str,
+        resize: ResizeRule,
         cache_bytes: int = 2 << 30,
     ) -> None:
         """Index the episodes.
 
+        Args:
+            episodes: the folder.
+            keys: which of its episodes.
+            clip_frames: frames per clip, T.
+            size: height and width of the clips.
+            resize: how frames of another size are made to fit.
+            cache_bytes: how much memory decoded episodes may take.
+
         Raises:
-            FormatError: if no episode is long enough for one clip.
+            FormatError: if no episode is long enough for one clip, or one is damaged.
         """
         self._episodes = episodes
         self._clip_frames = clip_frames
         self._size = size
         self._resize = resize
-        self._cache: OrderedDict[str, Frames] = OrderedDict()
-        self._cache_bytes = cache_bytes
-        self._cached_bytes = 0
-        lengths = {}
+        self._kept: dict[str, Frames] = {}
+        self._room_bytes = cache_bytes
+        self._lengths: dict[str, int] = {}
         for key in keys:
             with episodes.open(key) as episode:
-                lengths[key] = episode.num_frames
-        self.keys = [key for key, length in lengths.items() if length >= clip_frames]
-        self.num_short = len(lengths) - len(self.keys)
+                self._lengths[key] = episode.num_frames
+        self.keys = [key for key in keys if self._lengths[key] >= clip_frames]
+        """Episodes that clips come from."""
+        self.num_short = len(keys) - len(self.keys)
         """Episodes left out because they are shorter than a clip."""
-        self.num_frames = sum(lengths[key] for key in self.keys)
+        self.num_frames = sum(self._lengths[key] for key in self.keys)
+        """Frames of all episodes that clips come from."""
         if not self.keys:
             raise FormatError(
-                f"{episodes.folder}: no episode has {clip_frames} frames (the longest has "
-                f"{max(lengths.values(), default=0)}); record longer ones or lower --clip-frames"
+                f"{episodes.folder}: no episode has {clip_frames} frames (the longest of "
+                f"{len(keys)} has {max(self._lengths.values(), default=0)}); record longer ones, "
+                "or lower clip_frames"
             )
-        starts = np.array([lengths[key] - clip_frames + 1 for key in self.keys])
+        starts = [self._lengths[key] - clip_frames + 1 for key in self.keys]
         self._ends = np.cumsum(starts)
 
-    def batch(self, index: int, /, *, size: int, seed: int) -> Tensor:
-        """Return frames_BTHWC, uint8, of the index-th batch."""
+    def origins(self, index: int, /, *, size: int, seed: int) -> list[tuple[str, int]]:
+        """Return (key, first frame) of every clip of the index-th batch."""
         draws = numpy_stream(seed, "clips", index).integers(0, self._ends[-1], size)
-        return torch.from_numpy(np.stack([self._clip(int(draw)) for draw in draws]))
+        which = np.searchsorted(self._ends, draws, side="right")
+        first = np.concatenate([[0], self._ends[:-1]])
+        return [(self.keys[w], int(draw - first[w])) for w, draw in zip(which, draws, strict=True)]
 
-    def _clip(self, draw: int) -> Frames:
-        """Return the clip that begins at the draw-th starting frame of all."""
-        which = int(np.searchsorted(self._ends, draw, side="right"))
-        start = draw - (int(self._ends[which - 1]) if which else 0)
-        frames = self._frames(self.keys[which])
-        return frames[start : start + self._clip_frames]
+    def batch(self, index: int, /, *, size: int, seed: int) -> Tensor:
+        """Return frames_BTHWC, uint8, of the index-th batch.
 
-    def _frames(self, key: str) -> Frames:
-        """Return all frames of an episode at the tokenizer's size, from memory if they are there."""
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        with self._episodes.open(key) as episode:
+        Args:
+            index: number of the batch, from 0.
+            size: clips in it, B.
+            seed: of the order of the clips.
+        """
+        origins = self.origins(index, size=size, seed=seed)
+        return torch.from_numpy(np.stack([self._clip(key, start) for key, start in origins]))
+
+    def _clip(self, key: str, start: int) -> Frames:
+        """Return the clip of an episode that begins at a frame."""
+        stop = start + self._clip_frames
+        if key not in self._kept:
             height, width = self._size
-            frames = resize_frames(
-                episode.frames(), height=height, width=width, rule=self._resize  # type: ignore[arg-type]
-            )  # fmt: skip
-        self._cache[key] = frames
-        self._cached_bytes += frames.nbytes
-        while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
-            _, oldest = self._cache.popitem(last=False)
-            self._cached_bytes -= oldest.nbytes
-        return frames
+            size_bytes = self._lengths[key] * height * width * 3
+            if size_bytes > self._room_bytes:
+                return self._read(key, start, stop)
+            self._kept[key] = self._read(key, 0, self._lengths[key])
+            self._room_bytes -= size_bytes
+        return self._kept[key][start:stop]
+
+    def _read(self, key: str, start: int, stop: int) -> Frames:
+        """Return frames [start, stop) of an episode at the tokenizer's size."""
+        height, width = self._size
+        with self._episodes.open(key) as episode:
+            frames = episode.frames(start, stop)
+        return resize_frames(frames, height=height, width=width, rule=self._resize)

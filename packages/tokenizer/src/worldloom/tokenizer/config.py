@@ -21,6 +21,10 @@ class QuantizerConfig:
     dead_code_threshold: float = 0.1
     """A code that gets fewer than this share of an even share of the latents is replaced."""
 
+    def __post_init__(self) -> None:
+        """Refuse a codebook of nothing."""
+        _at_least_one("quantizer", vocab_size=self.vocab_size, code_dim=self.code_dim)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerConfig:
@@ -48,7 +52,13 @@ class TokenizerConfig:
         if len(self.widths) != len(self.num_blocks) or not self.widths:
             raise ConfigError(
                 f"tokenizer: widths has {len(self.widths)} entries and num_blocks "
-                f"{len(self.num_blocks)}; each resolution needs one of both"
+                f"{len(self.num_blocks)}; each resolution needs one of each"
+            )
+        _at_least_one("tokenizer", patch=self.patch, temporal_kernel=self.temporal_kernel)
+        if min(self.widths) < 1 or min(self.num_blocks) < 0:
+            raise ConfigError(
+                f"tokenizer: widths {self.widths} and num_blocks {self.num_blocks}; "
+                "a width is at least 1 and a number of blocks at least 0"
             )
         for name, pixels in (("height", self.height), ("width", self.width)):
             if pixels < 1 or pixels % self.stride:
@@ -97,8 +107,27 @@ class TokenizerTrainingConfig:
     checkpoint_every: int = 200
     """Updates between checkpoints; a killed run continues from the last."""
     sample_every: int = 200
-    """Updates between pictures of reconstructions."""
+    """Updates between scores and pictures of held-out clips."""
     log_every: int = 20
     """Updates between lines of the log."""
     seed: int = 0
     """Of the weights, the order of the clips and the codebook's draws."""
+
+    def __post_init__(self) -> None:
+        """Refuse a training that would do nothing."""
+        _at_least_one(
+            "training",
+            num_steps=self.num_steps,
+            batch_clips=self.batch_clips,
+            clip_frames=self.clip_frames,
+            checkpoint_every=self.checkpoint_every,
+            sample_every=self.sample_every,
+            log_every=self.log_every,
+        )
+
+
+def _at_least_one(where: str, **counts: int) -> None:
+    """Refuse a count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{where}: {name} is {count}, must be at least 1")

@@ -1,18 +1,18 @@
 """Causal 3D convolution, its cache, and the residual block of the 2D halves.
 
-    latents_BZthw, cache of the k - 1 latent frames before  ->  latents_BZthw, cache for the next call
+    latents_BZthw, cache of the k - 1 frames before  ->  latents_BZthw, cache for the next call
 
-Time is padded in front only, so no output depends on a later frame; with the cache, any split of a
-stream gives what the whole gives. Before the first frame stands the first frame, repeated: a video
-starts at rest, and zeros would be a flash.
+Time is padded in front only, so no output depends on a later frame; with the cache, any split of
+a stream gives what the whole gives. Before the first frame stands the first frame, repeated: a
+video starts at rest, and zeros would be a flash.
 
-Source: genie2-pytorch's design, kernel (k, 1, 1) around the quantizer; causal padding as in MAGVIT-v2
-(arXiv:2310.05737, section 3.2), which pads with zeros.
+Source: genie2-pytorch's design, kernel (k, 1, 1) around the quantizer; causal padding as in
+MAGVIT-v2 (arXiv:2310.05737, section 3.2), which pads with zeros.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 
 class CausalConv3d(nn.Conv3d):
@@ -70,5 +70,5 @@ class ResidualBlock(nn.Module):
 
     def forward(self, image_BCHW: Tensor, /) -> Tensor:
         """Return the image plus what the block adds."""
-        added: Tensor = self.out(F.silu(self.mix(self.norm(image_BCHW))))
+        added: Tensor = self.out(silu(self.mix(self.norm(image_BCHW))))
         return image_BCHW + added

@@ -13,7 +13,7 @@ from .conv3d import CausalConv3d, ResidualBlock
 
 
 class Encoder(nn.Module):
-    """Patch stem, residual blocks, halvings by space-to-depth, causal convolution."""
+    """Patch stem, residual blocks, halvings by 2x2 kernels of stride 2, causal convolution."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -24,7 +24,8 @@ class Encoder(nn.Module):
         ]
         for level, (width, blocks) in enumerate(zip(widths, config.num_blocks, strict=True)):
             if level:
-                layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * widths[level - 1], width, 1)]
+                # Space-to-depth and a 1x1 kernel are the same map, at twice the time.
+                layers += [nn.Conv2d(widths[level - 1], width, 2, stride=2)]
             layers += [ResidualBlock(width) for _ in range(blocks)]
         self.image = nn.Sequential(*layers, nn.Conv2d(widths[-1], config.quantizer.code_dim, 1))
         self.time = CausalConv3d(config.quantizer.code_dim, config.temporal_kernel)

@@ -3,14 +3,15 @@
     frames_BTHWC uint8  ->  codes_Bthw  ->  frames_BTHWC uint8
 
 An image encoder and decoder with a causal convolution on either side of a vector quantizer
-(genie2-pytorch's design). One latent frame covers one frame; a cell covers `config.stride` pixels a side.
+(genie2-pytorch's design). One latent frame covers one frame; a cell covers `config.stride` pixels
+a side.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 from worldloom.common import (
@@ -39,7 +40,9 @@ class Trained:
     """What the tokenizer was trained on, which its spec repeats."""
 
     fps: float
+    """Pixel frames per second; 0 if it does not matter."""
     frame_skip: int
+    """Game frames per pixel frame; 0 if it does not matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,11 @@ class Reconstruction:
     """What one training forward gives."""
 
     video_BCTHW: Tensor
+    """About [-1, 1]; bfloat16 under autocast."""
     codes_Bthw: Tensor
+    """int64 in [0, V)."""
     quantizer_loss: Tensor
+    """A scalar."""
 
 
 class ImageTokenizer(nn.Module):
@@ -98,7 +104,8 @@ class ImageTokenizer(nn.Module):
     def spec(self) -> TokenizerSpec:
         """What its codes mean, and its fingerprint.
 
-        Computed once, on the first use outside training; weights must not change afterwards.
+        Outside training the fingerprint is computed once, until `train` or `load_state_dict` is
+        called. Weights changed by hand in between are not noticed.
         """
         if self._spec is None or self.training:
             digest = fingerprint(
@@ -118,6 +125,18 @@ class ImageTokenizer(nn.Module):
             )
         return self._spec
 
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training, or with False to evaluation; the spec is computed anew."""
+        self._spec = None
+        return super().train(mode)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Copy weights into it; the spec is computed anew."""
+        self._spec = None
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     @property
     def codebook(self) -> Tensor:
         """The codebook vectors codebook_VZ, float32."""
@@ -125,14 +144,14 @@ class ImageTokenizer(nn.Module):
 
     def open_encoder(self) -> ImageEncoderSession:
         """Return a session that encodes streams from their first frame on."""
-        return ImageEncoderSession(self.encoder, self.quantizer, self.config.code_spec)
+        return ImageEncoderSession(self.encoder, self.quantizer, self.config)
 
     def open_decoder(self) -> ImageDecoderSession:
         """Return a session that decodes streams from their first latent frame on."""
-        return ImageDecoderSession(self.decoder, self.quantizer, self.config.code_spec)
+        return ImageDecoderSession(self.decoder, self.quantizer, self.config)
 
     def encode(self, frames_BTHWC: Tensor, /) -> Tensor:
-        """Return codes_Bthw, int64 in [0, V).
+        """Return codes_Bthw, int64 in [0, V), on the tokenizer's device.
 
         Args:
             frames_BTHWC: uint8, of the spec's height and width, at least one frame.
@@ -140,17 +159,12 @@ class ImageTokenizer(nn.Module):
         Raises:
             ShapeError: if the frames are of another size, dtype or number.
         """
-        bind_shape(
-            "frames", frames_BTHWC, "B T H W C", H=self.config.height, W=self.config.width, C=3
-        )
-        if frames_BTHWC.dtype != torch.uint8:
-            raise ShapeError(f"frames: dtype {frames_BTHWC.dtype}, must be uint8 in [0, 255]")
-        if frames_BTHWC.shape[0] == 0 or frames_BTHWC.shape[1] == 0:
+        if bind_shape("frames", frames_BTHWC, "B T H W C")["T"] == 0:
             raise ShapeError("frames: there are none; a video has at least one frame")
         return self.open_encoder().push(frames_BTHWC)
 
     def decode(self, codes_Bthw: Tensor, /, *, num_frames: int) -> Tensor:
-        """Return frames_BTHWC, uint8.
+        """Return frames_BTHWC, uint8, on the tokenizer's device.
 
         Args:
             codes_Bthw: integers in [0, V), on the spec's grid.
@@ -162,12 +176,9 @@ class ImageTokenizer(nn.Module):
         """
         t = bind_shape("codes", codes_Bthw, "B t h w")["t"]
         if not 1 <= num_frames <= t:
-            raise ShapeError(f"codes: {t} latent frames cover {t} frames, asked for {num_frames}")
-        vocab_size = self.config.quantizer.vocab_size
-        if codes_Bthw.min() < 0 or codes_Bthw.max() >= vocab_size:
-            raise FormatError(
-                f"codes: values in [{codes_Bthw.min()}, {codes_Bthw.max()}], "
-                f"must be in [0, {vocab_size})"
+            raise ShapeError(
+                f"codes: {t} latent frames cover {t} frames, asked for {num_frames}; "
+                f"ask for 1 to {t}"
             )
         return self.open_decoder().push(codes_Bthw[:, :num_frames])
 
@@ -187,11 +198,15 @@ class ImageTokenizer(nn.Module):
 
         Raises:
             FormatError: if a file is missing, altered, or does not fit the config.
+            MismatchError: if it holds another kind of model.
         """
         config, weights = load_model(folder, kind="tokenizer")
         where = str(folder / "config.json")
         if set(config) != {"name", "tokenizer", "trained", "fingerprint"}:
-            raise FormatError(f"{where}: lacks a field of a tokenizer's config")
+            raise FormatError(
+                f"{where}: has the fields {', '.join(sorted(config))}; a tokenizer needs "
+                "fingerprint, name, tokenizer, trained"
+            )
         model = cls(
             build(TokenizerConfig, config["tokenizer"], where=where, error=FormatError),
             trained=build(Trained, config["trained"], where=where, error=FormatError),
@@ -200,21 +215,19 @@ class ImageTokenizer(nn.Module):
         model.eval().requires_grad_(requires_grad=False)
         if model.spec.fingerprint != config["fingerprint"]:
             raise FormatError(
-                f"{folder}: the weights have fingerprint {model.spec.fingerprint[:16]}, config.json "
-                f"says {str(config['fingerprint'])[:16]}; the folder was put together from two"
+                f"{folder}: the weights have fingerprint {model.spec.fingerprint[:16]}, but "
+                f"config.json says {str(config['fingerprint'])[:16]}; the folder was put together "
+                "from two. Copy it again"
             )
         return model.to(device)
-
-
-def load_tokenizer(folder: Path, /, *, device: str = "cpu") -> ImageTokenizer:
-    """Load the tokenizer of a model directory, whatever its kind.
-
-    Raises:
-        FormatError: if it is missing, damaged, or of a kind that is not installed.
-    """
-    return ImageTokenizer.from_pretrained(folder, device=device)
 
 
 def _bytes(tensor: Tensor) -> bytes:
     """Return the little-endian bytes of a tensor in row-major order."""
     return tensor.detach().cpu().contiguous().numpy().tobytes()
+
+
+if TYPE_CHECKING:
+    from .protocol import VideoTokenizer
+
+    _conforms: type[VideoTokenizer] = ImageTokenizer  # mypy holds the class to the protocol

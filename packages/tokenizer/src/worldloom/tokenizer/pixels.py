@@ -95,7 +95,7 @@ def _scale(frames_THWC: Frames, height: int, width: int) -> Frames:
     if frames_THWC.shape[1:3] == (height, width):
         return frames_THWC
     video_TCHW = rearrange(
-        torch.from_numpy(np.ascontiguousarray(frames_THWC)), "T H W C -> T C H W"
+        torch.from_numpy(np.require(frames_THWC, requirements=["C", "W"])), "T H W C -> T C H W"
     )
     # float32: torch's kernel for uint8 rounds by itself, differently from processor to processor.
     scaled_TCHW = functional.interpolate(

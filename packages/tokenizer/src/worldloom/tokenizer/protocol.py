@@ -2,8 +2,9 @@
 
     frames_BTHWC uint8  -> encode -> codes_Bthw int64 in [0, V)  -> decode -> frames_BTHWC uint8
 
-Any class with these members is a tokenizer; it need not inherit from anything. Sessions are the same
-two translations for a stream that arrives in pieces: however it is cut, the codes are the same.
+Any class with these members is a tokenizer; it need not inherit from anything. Sessions are the
+same two translations for a stream that arrives in pieces: however it is cut, the codes are the
+same. How a class becomes known by its name is told in `registry`.
 """
 
 from typing import Protocol, runtime_checkable

@@ -4,8 +4,9 @@
     latents_BNZ  -> quantize -> codes_BN int64 in [0, V)                          encoding
     codes_...    -> lookup   -> quantized_...Z                                    decoding
 
-Libraries differ in axes, return values and dtypes (and some only round-trip in float32); the adapter
-settles all three here, once. Quantizers compute in float32 whatever the network around them does.
+Libraries differ in axes, return values and dtypes (and some only round-trip in float32); the
+adapter settles all three here, once. Quantizers compute in float32 whatever the network around
+them does.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +19,10 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, latents_BNZ: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
-        """Return quantized_BNZ with a gradient to the latents, codes_BN, and the scalar loss."""
+        """Return quantized_BNZ with a gradient to the latents, codes_BN, and the scalar loss.
+
+        In training the codebook may move; in evaluation nothing changes.
+        """
 
     @abstractmethod
     def quantize(self, latents_BNZ: Tensor, /) -> Tensor:

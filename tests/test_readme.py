@@ -1,0 +1,68 @@
+"""The README's commands, run for real and in order, made small by further flags alone."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("vizdoom")
+
+# What a stranger would wait minutes for; the flags of the README stay where they are, before these.
+SMALLER = {
+    "record": "--num-episodes 6 --max-frames 24 --height 32 --width 32",
+    "train-tokenizer": (
+        "--model.height 32 --model.width 32 --model.widths 8 16 --model.num-blocks 1 1 "
+        "--model.quantizer.vocab-size 32 --training.num-steps 4 --training.batch-clips 2 "
+        "--training.no-bf16"
+    ),
+    "tokenize": "",
+    "train-dynamics": (
+        "--model.num-layers 1 --model.dim 32 --model.num-heads 2 --training.num-steps 4 "
+        "--training.batch-windows 2 --training.no-bf16"
+    ),
+    "generate": "--device cpu",
+}
+
+
+def readme_commands() -> list[list[str]]:
+    """Return the words of every `worldloom` command in the README's shell blocks."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("worldloom ")]
+
+
+def without(words: list[str], flags: list[str]) -> list[str]:
+    """Return a command line without flags that are given again, and without their values."""
+    kept: list[str] = []
+    skipping = False
+    for word in words:
+        if word.startswith("--"):
+            skipping = word in flags
+        if not skipping:
+            kept.append(word)
+    return kept
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_lead_from_a_game_to_a_video(tmp_path):
+    commands = readme_commands()
+    assert [words[1] for words in commands] == list(SMALLER)
+    for words in commands:
+        smaller = SMALLER[words[1]].split()
+        line = [*without(words[1:], smaller), *smaller]
+        ran = subprocess.run(
+            [sys.executable, "-m", "worldloom.pipelines", *line],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert ran.returncode == 0, f"{line}\n{ran.stderr}"
+        if words[1] != "generate":  # the last one has no next step
+            assert "next: worldloom " in ran.stderr
+    made = tmp_path / "runs/doom/generated"
+    assert {path.name for path in made.iterdir()} >= {
+        "generated.mp4", "generated.gif", "contact-sheet.png",
+    }  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # games leave no litter behind
