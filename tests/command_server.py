@@ -94,6 +94,8 @@ class CommandServer:
             "largest_file_bytes": largest_file_bytes,
             "stem": stem,
         }
+        for name in ("out", "err"):  # here, since the command may be killed before it opens them
+            Path(f"{stem}.{name}").touch()
         return Running(self, self.ask(job)["pid"], stem)
 
     def run(self, *words: object, **kwargs: Any) -> Ended:
@@ -126,6 +128,7 @@ def _serve() -> None:
             pid = os.fork()
             if pid == 0:
                 _obey(job)
+            os.setpgid(pid, pid)  # before anybody can send the group a signal
             answer = {"pid": pid}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
@@ -137,7 +140,7 @@ def _obey(job: dict[str, Any]) -> None:
 
     code: Any = 1
     try:
-        os.setpgid(0, 0)
+        os.setpgid(0, 0)  # the server does so too: whoever comes first
         os.environ |= job["env"]
         for stream, name in ((0, os.devnull), (1, job["stem"] + ".out"), (2, job["stem"] + ".err")):
             mode = os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT

@@ -62,6 +62,7 @@ def _build_tokenizer(seed=0):
     config = TokenizerConfig(
         height=16,
         width=16,
+        resize="stretch",
         widths=(8,),
         num_blocks=(1,),
         quantizer=QuantizerConfig(vocab_size=16, code_dim=4),

@@ -180,8 +180,8 @@ def test_episodes_of_other_actions_are_refused(run, write_episode, episodes_spec
 @pytest.mark.parametrize(
     ("settings", "error", "says"),
     [
-        ({"actions": "RUN*3"}, FormatError, "no such action; there are STAY, LEFT, RIGHT"),
-        ({"actions": ""}, FormatError, "holds no action"),
+        ({"actions": "RUN*3"}, ConfigError, "no such action; there are STAY, LEFT, RIGHT"),
+        ({"actions": ""}, ConfigError, "holds no action"),
         ({"actions": "nowhere.json"}, FormatError, "no such file of actions"),
         ({"actions": "RIGHT", "episode": "nobody"}, FormatError, "no episode 'nobody'"),
         ({"actions": "RIGHT", "episode": "7"}, FormatError, "0 to 0"),

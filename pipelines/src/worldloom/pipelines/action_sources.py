@@ -12,7 +12,14 @@ import json
 from pathlib import Path
 
 import numpy as np
-from worldloom.common import ActionSpec, FormatError, SlotArray, npy_array, storage_errors
+from worldloom.common import (
+    ActionSpec,
+    ConfigError,
+    FormatError,
+    SlotArray,
+    npy_array,
+    storage_errors,
+)
 
 STICKY = 0.85
 """Chance that a sticky policy keeps its action: held keys, as people hold them."""
@@ -28,20 +35,27 @@ def written_actions(text: str, /, *, spec: ActionSpec) -> SlotArray:
     of lists of slots; a .npy of slots_TA; or a .txt with one word a line (# begins a remark).
 
     Raises:
-        FormatError: naming the word that is not an action, and the actions there are.
+        ConfigError: naming the typed word that is not an action, and the actions there are.
+        FormatError: the same of a file.
     """
     path = Path(text)
-    if path.suffix in _FILES:
-        slots_TA = _from_file(path, spec)
-        where = text
-    else:
-        comma = spec.kind in ("multi_discrete", "continuous")
-        words = [word for word in text.split(";" if comma else ",") if word.strip()]
-        slots_TA = _from_words(words, spec)
-        where = f"actions {text!r}"
+    in_file = path.suffix in _FILES
+    try:
+        slots_TA = _from_file(path, spec) if in_file else _from_words(_split(text, spec), spec)
+    except FormatError as error:
+        # What a person types is a setting; the same words in a file are data.
+        raise (error if in_file else ConfigError(str(error))) from None
     if len(slots_TA) == 0:
-        raise FormatError(f"{where}: holds no action; there are {', '.join(spec.names) or 'none'}")
+        kind = FormatError if in_file else ConfigError
+        known = ", ".join(spec.names) or "none"
+        raise kind(f"actions {text!r}: holds no action; there are {known}")
     return slots_TA
+
+
+def _split(text: str, spec: ActionSpec, /) -> list[str]:
+    """Return the words between commas, or between semicolons where actions contain commas."""
+    comma = spec.kind in ("multi_discrete", "continuous")
+    return [word for word in text.split(";" if comma else ",") if word.strip()]
 
 
 def random_actions(spec: ActionSpec, steps: int, /, *, rng: np.random.Generator) -> SlotArray:

@@ -10,7 +10,6 @@ untied head: heads tied to the codebook (dot product, distance) learned far less
 Source: the recipe of genie2-pytorch, without the defects that DESIGN lists.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -38,7 +37,7 @@ from .code_embedding import CodeEmbedding
 from .config import DynamicsConfig
 from .kv_cache import KVCache, Window
 from .meta_tokens import MetaTokens
-from .positions import Rotary, beside, in_space, in_time, join, no_rotation, rotary
+from .positions import Rotary, Rotation, beside, in_space, in_time, join, no_rotation, rotary
 from .sequence import Grid, shift_before, shift_beside, sight_mask
 from .spec import DynamicsSpec
 from .transformer import Sight, Transformer
@@ -55,7 +54,7 @@ class OpenFrame:
     """Index of the latent frame in the video; the frames before it are in the cache."""
     fed_BSD: Tensor
     """What every token is fed, but for the code beside it."""
-    turn: Rotary
+    turn: Rotation
     """Every token's rotation."""
     mask_SM: Tensor | None
     """Which of the visible keys every token may see; None for all."""
@@ -109,7 +108,8 @@ class DynamicsModel(nn.Module):
             self.transformer = Transformer(config)
             self.to_logits = nn.Linear(config.dim, codes.vocab_size)
             nn.init.normal_(self.to_logits.weight, std=0.02)
-        self._constants: dict[str, tuple[tuple[int, torch.device], tuple[Rotary, Tensor]]] = {}
+        self._add_frame_constants()
+        self._kept: tuple[tuple[int, torch.device], tuple[Rotation, Tensor]] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -153,7 +153,7 @@ class DynamicsModel(nn.Module):
         cache = KVCache.allocate(self.config, self.grid, batch=batch, device=self.device)
         num_meta = self.config.num_meta_tokens
         if num_meta:
-            turn = no_rotation(num_meta, head_dim=self.head_dim).to(self.device)
+            turn = no_rotation(num_meta, head_dim=self.head_dim).rotation().to(self.device)
             window = Window(cache, slice(0, num_meta), num_meta)
             self.transformer(self.meta(batch), turn, Sight(None, window))
         return cache
@@ -174,17 +174,19 @@ class DynamicsModel(nn.Module):
         fed_BSD = self.before(before_BS) + self.cell.weight
         if slots_BrA is not None:
             fed_BSD = fed_BSD + self.actions(slots_BrA[:, None])
-        space, own_SS = self._frame_constants()
         now = in_time(torch.tensor([frame]), head_dim=self.head_dim).to(self.device)
-        spread = Rotary(*(part.expand(self.grid.cells, -1) for part in now))
+        turn = beside(
+            Rotary(*(part.expand(self.grid.cells, -1) for part in now)),
+            Rotary(self.space_cos, self.space_sin),
+        )
         mask_SM = None
         if self.grid.group < self.grid.cells:
             # What lies in the frame's place behind the cells decided so far is left over from the
             # frame that slid out.
             shape = (self.grid.cells, cache.visible(frame))
             mask_SM = torch.ones(shape, dtype=torch.bool, device=self.device)
-            mask_SM[:, cache.places(frame, 0, self.grid.cells)] = own_SS
-        return OpenFrame(frame, fed_BSD, beside(spread, space), mask_SM, cache)
+            mask_SM[:, cache.places(frame, 0, self.grid.cells)] = self.own_SS
+        return OpenFrame(frame, fed_BSD, turn.rotation(), mask_SM, cache)
 
     def cached_logits(self, there: OpenFrame, cells: slice, codes_BS: Tensor, /) -> Tensor:
         """Return logits_BsV of some cells of a frame, and put their keys into the cache.
@@ -244,11 +246,17 @@ class DynamicsModel(nn.Module):
             tokens_BfSD = tokens_BfSD + self.actions(slots_BfrA)[:, :, None]
         return tokens_BfSD.flatten(1, 2)
 
-    def _window_constants(self, frames: int) -> tuple[Rotary, Tensor]:
-        """Return rotation and mask of a window of latent frames, meta tokens first."""
-        return self._kept("window", frames, self._make_window_constants)
+    def _window_constants(self, frames: int) -> tuple[Rotation, Tensor]:
+        """Return rotation and mask of a window of latent frames; those of the last are kept."""
+        key = (frames, self.device)
+        if self._kept is None or self._kept[0] != key:
+            # Made while generating, they may be needed for training: not as inference tensors.
+            with torch.inference_mode(mode=False):
+                self._kept = (key, self._make_window_constants(frames))
+        return self._kept[1]
 
-    def _make_window_constants(self, frames: int) -> tuple[Rotary, Tensor]:
+    def _make_window_constants(self, frames: int) -> tuple[Rotation, Tensor]:
+        """Return rotation and mask_LL of a window, meta tokens first."""
         frames_L, rows_L, columns_L = self.grid.places(self.grid.first_frame, frames)
         num_meta = self.config.num_meta_tokens
         turn = join(
@@ -262,29 +270,19 @@ class DynamicsModel(nn.Module):
             context_frames=self.config.context_frames,
             num_meta=num_meta,
         )
-        return turn.to(self.device), mask_LL.to(self.device)
+        return turn.rotation().to(self.device), mask_LL.to(self.device)
 
-    def _frame_constants(self) -> tuple[Rotary, Tensor]:
-        """Return what of a frame's rotation is the same in every frame, and its own mask_SS."""
-        return self._kept("frame", 1, self._make_frame_constants)
-
-    def _make_frame_constants(self, _frames: int) -> tuple[Rotary, Tensor]:
+    def _add_frame_constants(self) -> None:
+        """Keep what of a frame's rotation and mask is the same in every frame."""
         _, rows_S, columns_S = self.grid.places(0, 1)
-        group_S = torch.arange(self.grid.cells) // self.grid.group
-        own_SS = group_S[None, :] <= group_S[:, None]
         space = in_space(rows_S, columns_S, head_dim=self.head_dim)
-        return space.to(self.device), own_SS.to(self.device)
-
-    def _kept(
-        self, what: str, frames: int, make: Callable[[int], tuple[Rotary, Tensor]]
-    ) -> tuple[Rotary, Tensor]:
-        """Return what `make` made last, if it was for as many frames and for this device."""
-        kept = self._constants.get(what)
-        if kept is None or kept[0] != (frames, self.device):
-            # Made while generating, they may be needed for training: not as inference tensors.
-            with torch.inference_mode(mode=False):
-                kept = self._constants[what] = ((frames, self.device), make(frames))
-        return kept[1]
+        group_S = torch.arange(self.grid.cells) // self.grid.group
+        self.register_buffer("space_cos", space.cos, persistent=False)
+        self.register_buffer("space_sin", space.sin, persistent=False)
+        self.register_buffer("own_SS", group_S[None, :] <= group_S[:, None], persistent=False)
+        self.space_cos: Tensor
+        self.space_sin: Tensor
+        self.own_SS: Tensor
 
     def save(self, folder: Path, /, *, card: str) -> None:
         """Write a model directory that `from_pretrained` reads."""

@@ -1,6 +1,6 @@
 """Where a token stands: axial rotary positions over (t, h, w).
 
-    frames_L, rows_L, columns_L  ->  Rotary (cos, sin) of (L, K/2)
+    frames_L, rows_L, columns_L  ->  Rotary (cos, sin) of (L, K/2)  ->  Rotation  ->  rotate
 
 A share of every head's channel pairs turns with the latent frame, the rest with row and column.
 Time is the frame's index in the video, the same in training, in cached sampling and after the
@@ -20,18 +20,35 @@ _BASE = 100.0
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of every token's angles, (L, K/2); meta tokens have angle zero."""
+    """Cosines and sines of every token's angles, (L, K/2); tokens without a place have angle 0."""
 
     cos: Tensor
     sin: Tensor
 
+    def rotation(self) -> "Rotation":
+        """Return it as `rotate` takes it: made once, used in every layer."""
+        return Rotation(
+            torch.cat([self.cos, self.cos], dim=-1), torch.cat([-self.sin, self.sin], dim=-1)
+        )
+
     def to(self, device: torch.device, /) -> "Rotary":
-        """Return the rotation on another device."""
+        """Return it on another device."""
         return Rotary(self.cos.to(device), self.sin.to(device))
 
-    def of(self, tokens: slice, /) -> "Rotary":
+
+class Rotation(NamedTuple):
+    """A factor for every channel and for its partner's, (L, K)."""
+
+    own: Tensor
+    partner: Tensor
+
+    def to(self, device: torch.device, /) -> "Rotation":
+        """Return it on another device."""
+        return Rotation(self.own.to(device), self.partner.to(device))
+
+    def of(self, tokens: slice, /) -> "Rotation":
         """Return the rotation of some of the tokens."""
-        return Rotary(self.cos[tokens], self.sin[tokens])
+        return Rotation(self.own[tokens], self.partner[tokens])
 
 
 def rotary(frames_L: Tensor, rows_L: Tensor, columns_L: Tensor, /, *, head_dim: int) -> Rotary:
@@ -77,11 +94,11 @@ def beside(first: Rotary, second: Rotary, /) -> Rotary:
     )
 
 
-def rotate(tokens_BLNK: Tensor, turn: Rotary, /) -> Tensor:
+def rotate(tokens_BLNK: Tensor, rotation: Rotation, /) -> Tensor:
     """Turn every pair of channels (i, i + K/2) by its token's angle."""
-    first, second = tokens_BLNK.chunk(2, dim=-1)
-    cos, sin = (part[:, None].to(tokens_BLNK.dtype) for part in turn)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    own, partner = (factors[:, None].to(tokens_BLNK.dtype) for factors in rotation)
+    partners_BLNK = tokens_BLNK.roll(tokens_BLNK.shape[-1] // 2, dims=-1)
+    return torch.addcmul(tokens_BLNK * own, partners_BLNK, partner)
 
 
 def _pairs_per_axis(head_dim: int) -> int:

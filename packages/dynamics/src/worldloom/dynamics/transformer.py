@@ -20,7 +20,7 @@ from x_transformers.x_transformers import FeedForward
 
 from .config import DynamicsConfig
 from .kv_cache import Window
-from .positions import Rotary, rotate
+from .positions import Rotation, rotate
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         self.value_mix = nn.Parameter(torch.full((config.num_heads, 1), -2.0)) if layer else None
 
     def forward(
-        self, tokens_BLD: Tensor, turn: Rotary, sight: Sight, first_values: Tensor | None, /
+        self, tokens_BLD: Tensor, turn: Rotation, sight: Sight, first_values: Tensor | None, /
     ) -> tuple[Tensor, Tensor]:
         """Return what the layer adds, and the first layer's values_BLNK."""
         qkv_BLE = self.to_qkv(self.norm(tokens_BLD))
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
         )  # fmt: skip
         self.norm = nn.RMSNorm(config.dim)
 
-    def forward(self, tokens_BLD: Tensor, turn: Rotary, sight: Sight, /) -> Tensor:
+    def forward(self, tokens_BLD: Tensor, turn: Rotation, sight: Sight, /) -> Tensor:
         """Return tokens_BLD after all layers and the last norm."""
         first_values: Tensor | None = None
         for attention, feed_forward in zip(self.attentions, self.feed_forwards, strict=True):

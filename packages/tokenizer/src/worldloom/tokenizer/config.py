@@ -34,13 +34,13 @@ class TokenizerConfig:
     """Frame height H in pixels; other frames are resized by the rule."""
     width: int = 64
     """Frame width W in pixels."""
-    resize: ResizeRule = "stretch"
-    """How frames of another size are made to fit."""
+    resize: ResizeRule = "exact"
+    """How frames of another size are made to fit; exact refuses them."""
     patch: int = 4
     """Pixels per side that the first layer folds into channels."""
-    widths: tuple[int, ...] = (64, 128, 192)
+    widths: tuple[int, ...] = (64, 128)
     """Channels at each resolution; each entry after the first halves height and width."""
-    num_blocks: tuple[int, ...] = (1, 2, 2)
+    num_blocks: tuple[int, ...] = (1, 2)
     """Residual blocks at each resolution, in the encoder and in the decoder."""
     temporal_kernel: int = 3
     """Frames that the causal convolutions around the quantizer see, k; 1 for none."""

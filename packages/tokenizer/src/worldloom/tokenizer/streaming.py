@@ -6,7 +6,7 @@
 A fixed step of one latent frame is what makes "the same" exact: larger batches of frames may take
 other kernels, and another kernel's last bit can flip a code. Memory does not grow with the video.
 Speed comes from B, the streams side by side: at 32 of them this is as fast as all frames at once
-(docs/performance.md). For the same reason what is exact holds for one B: with another, a latent
+(docs/log.md). For the same reason what is exact holds for one B: with another, a latent
 between two codebook vectors may fall to the other side.
 """
 
