@@ -147,7 +147,7 @@ def test_killed_at_random_times_and_run_again_it_leaves_the_files_of_an_undistur
     began = time.monotonic()
     assert commands.run(*words, tmp_path / "clock").code == 0
     took, rng, killed = time.monotonic() - began, random.Random(3), 0
-    for nth in range(8):
+    for nth in range(20):
         output = tmp_path / str(nth)
         running = commands.start(*words, output)
         time.sleep(took * rng.random())
