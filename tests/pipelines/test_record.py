@@ -38,7 +38,8 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole_slow(tmp_path_factory) -> dict[str, bytes]:
     """The same of the world that takes its time."""
-    return content(record(settings(tmp_path_factory.mktemp("slow") / "e", env_kwargs=SLOW)))
+    output = tmp_path_factory.mktemp("slow") / "e"
+    return content(record(settings(output, env_kwargs=SLOW, num_episodes=8, workers=2)))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -272,7 +273,7 @@ def test_stdout_has_the_folder_and_stderr_what_was_written(tmp_path):
 
 def test_ctrl_c_leaves_whole_episodes_and_no_process(tmp_path, whole_slow):
     output = tmp_path / "e"
-    more = ("--num-episodes", "4", "--env-kwargs", SLOW, "--workers", "2")
+    more = ("--num-episodes", "8", "--env-kwargs", SLOW, "--workers", "2")
     process = start(output, *more)
     wait_until(lambda: len(list(output.glob("tmp-*"))) > 0 and any(output.glob("episode-*")))
     children = descendants(process.pid)
@@ -280,8 +281,9 @@ def test_ctrl_c_leaves_whole_episodes_and_no_process(tmp_path, whole_slow):
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does: the whole foreground group
     process.communicate(timeout=30)
     assert process.returncode == 130
-    assert not any(alive(pid) for pid in children)
-    assert 0 < len(list(output.glob("episode-*"))) < 4
+    # multiprocessing's resource tracker ends a moment after the process that it tracks for.
+    wait_until(lambda: not any(alive(pid) for pid in children), timeout_s=5)
+    assert 0 < len(list(output.glob("episode-*"))) < 8
     assert content(output).items() <= whole_slow.items()
     again = start(output, *more)
     again.communicate(timeout=60)
@@ -292,7 +294,7 @@ def test_a_recording_killed_outright_takes_its_processes_with_it_and_continues(
     tmp_path, whole_slow
 ):
     output = tmp_path / "e"
-    more = ("--num-episodes", "4", "--env-kwargs", SLOW, "--workers", "2")
+    more = ("--num-episodes", "8", "--env-kwargs", SLOW, "--workers", "2")
     process = start(output, *more)
     wait_until(lambda: len(list(output.glob("tmp-*"))) > 0 and any(output.glob("episode-*")))
     children = descendants(process.pid)
