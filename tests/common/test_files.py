@@ -58,7 +58,8 @@ def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path, small_disk
     with pytest.raises(StorageError) as caught:
         write_bytes(tmp_path / "file", bytes(100_000))
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'file'}: File too large (100000 bytes to write, ")
+    assert message.startswith(f"{tmp_path / 'file'}: File too large; ")
+    assert "Make room (100000 bytes to write, " in message
     assert "bytes free" in message
     assert "\n" not in message
     assert names(tmp_path) == ["file"]
@@ -152,9 +153,13 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
     write_bytes(tmp_path / "tmp-1-x", b"")
     write_bytes(tmp_path / "tmp-2-folder" / "inner", b"")
     (tmp_path / "outside").mkdir()
-    (tmp_path / "tmp-link").symlink_to(tmp_path / "outside")
+    (tmp_path / "tmp-3-link").symlink_to(tmp_path / "outside")
+    # Names a person could have given: only what `temporary_path` makes is ours to delete.
+    write_bytes(tmp_path / "tmp-thesis" / "chapter", b"")
+    write_bytes(tmp_path / "tmp-", b"")
+    write_bytes(tmp_path / "tmp-12", b"")
     remove_leftovers(tmp_path)
-    assert names(tmp_path) == ["keep", "outside"]
+    assert names(tmp_path) == ["keep", "outside", "tmp-", "tmp-12", "tmp-thesis"]
 
 
 def test_json_is_canonical_and_round_trips(tmp_path):

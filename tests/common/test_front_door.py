@@ -18,7 +18,7 @@ PUBLIC = {
     "StorageError", "TokenEpisode", "TokenShards", "TokenizerSpec", "TrainingError",
     "WorldloomError", "atomic_folder", "bind_shape", "build", "decay_groups", "derive_seed",
     "describe_difference", "environment", "failpoint", "file_sha256", "fingerprint",
-    "finished_shard", "format_metrics", "lazy_exports", "library_seed", "load_checkpoint",
+    "finished_shard", "format_metrics", "is_leftover", "lazy_exports", "library_seed", "load_checkpoint",
     "load_model", "load_optimizer", "load_weights", "nearest", "newest_checkpoint", "npy_array",
     "npy_bytes", "numpy_stream", "optimizer_tensors", "partial", "progress", "read_json",
     "read_metrics", "read_toml", "remove_leftovers", "save_checkpoint", "save_model", "say",

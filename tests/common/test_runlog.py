@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from worldloom.common import (
+    ConfigError,
     FormatError,
     RunLog,
     StorageError,
@@ -119,3 +120,23 @@ def test_progress_yields_every_item_once_and_says_so_on_stderr_only(capsys):
 
 def test_metrics_are_said_short():
     assert format_metrics({"loss": 0.123456, "psnr": 27.1}) == "loss 0.1235  psnr 27.1"
+
+
+@pytest.mark.parametrize("stranger", ["config.toml", "episodes.json", "tmp-thesis"])
+def test_a_folder_that_is_no_run_is_refused_untouched(tmp_path, stranger):
+    folder = tmp_path / "home"
+    folder.mkdir()
+    (folder / stranger).write_text("mine")
+    with pytest.raises(ConfigError, match=rf"home: has '{stranger}' but no env.json"):
+        RunLog(folder, config=Config(output=folder))
+    assert [path.name for path in folder.iterdir()] == [stranger]
+    assert (folder / stranger).read_text() == "mine"
+
+
+def test_a_run_is_known_again_even_if_it_was_killed_at_its_first_file(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "tmp-7-env.json").write_text("{")
+    for _ in range(2):
+        RunLog(run, config=Config(output=run))
+        assert sorted(path.name for path in run.iterdir()) == ["config.toml", "env.json"]

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+import shlex
 import shutil
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from worldloom.common import ActionSpec, ConfigError, Episodes, FormatError, MismatchError
 from worldloom.dynamics import DynamicsModel, SamplingConfig, generate_codes
 from worldloom.pipelines import measures
+from worldloom.pipelines.cli import main
 from worldloom.pipelines.evaluate import EvaluateConfig, evaluate
 from worldloom.pipelines.world import World
 from worldloom.tokenizer.metrics import LIMIT_DB, psnr
@@ -250,6 +253,26 @@ def test_a_world_before_its_first_reset_says_so(world):
 def config(tiny_chain, output, **settings):
     settings = {**tiny_chain.paths, "episodes": tiny_chain.folder / "episodes"} | settings
     return EvaluateConfig(output=output, **settings)
+
+
+def test_the_next_step_can_be_pasted(tiny_chain, evaluated, tmp_path, capsys):
+    where = tmp_path / "evaluation"
+    evaluate(config(tiny_chain, where, **evaluated.settings))
+    (line,) = re.findall(r"^next: (worldloom generate .*)$", capsys.readouterr().err, re.MULTILINE)
+    assert main([*shlex.split(line)[1:], "--horizon", "2", "--device", "cpu"]) == 0
+    assert (tmp_path / "generated/generated.gif").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"batch": 0}, "--batch must be at least 1, got 0"),
+        ({"max_episodes": -1}, "--max-episodes must be at least 0, got -1"),
+    ],
+)
+def test_numbers_that_leave_nothing_to_measure_are_refused(tiny_chain, tmp_path, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        config(tiny_chain, tmp_path / "out", **settings)
 
 
 def test_one_episode_is_too_few_to_hold_one_out(tiny_chain, tmp_path):

@@ -1,17 +1,24 @@
 """Promises of generate: the same seed gives the same codes, and nothing wrong gets in."""
 
 import dataclasses
+import functools
 import io
 import json
+import re
+import shlex
 
 import av
 import numpy as np
 import pytest
 import torch
+from chain_worlds import save_tokenizer
 from PIL import Image
 from worldloom.common import ConfigError, Episodes, FormatError, MismatchError, npy_bytes
-from worldloom.dynamics import SamplingConfig, generate_codes
+from worldloom.dynamics import DynamicsModel, SamplingConfig, generate_codes
+from worldloom.pipelines.cli import main
+from worldloom.pipelines.evaluate import EvaluateConfig, evaluate
 from worldloom.pipelines.generate import GenerateConfig, generate
+from worldloom.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -183,9 +190,9 @@ def test_episodes_of_other_actions_are_refused(run, write_episode, episodes_spec
         ({"actions": "RUN*3"}, ConfigError, "no such action; there are STAY, LEFT, RIGHT"),
         ({"actions": ""}, ConfigError, "holds no action"),
         ({"actions": "nowhere.json"}, FormatError, "no such file of actions"),
-        ({"actions": "RIGHT", "episode": "nobody"}, FormatError, "no episode 'nobody'"),
-        ({"actions": "RIGHT", "episode": "7"}, FormatError, "0 to 0"),
-        ({"actions": "RIGHT", "start_frame": 27}, FormatError, "the prompt takes 4 from frame 27"),
+        ({"actions": "RIGHT", "episode": "nobody"}, ConfigError, "no --episode 'nobody'"),
+        ({"actions": "RIGHT", "episode": "7"}, ConfigError, "among the held-out ones, 0 to 0"),
+        ({"actions": "RIGHT", "start_frame": 27}, ConfigError, "the prompt takes 4 from frame 27"),
         ({"actions": "true", "start_frame": 25}, FormatError, "nothing was pressed"),
     ],
 )  # fmt: skip
@@ -195,6 +202,52 @@ def test_bad_input_is_refused_in_a_sentence_and_nothing_is_written(
     with pytest.raises(error, match=says):
         run(**settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["a picture", "episodes", "evaluate"])
+def test_frames_of_another_size_are_refused_by_name_where_the_rule_is_exact(
+    tiny_chain, write_episode, tmp_path, what
+):
+    paths = {"model": tmp_path / "model", "tokenizer": tmp_path / "tokenizer"}
+    tokenizer = load_tokenizer(save_tokenizer(paths["tokenizer"], resize="exact"))
+    spec = dataclasses.replace(tiny_chain.model.spec, tokenizer=tokenizer.spec)
+    codebook_VZ = tokenizer.codebook.numpy()
+    DynamicsModel(tiny_chain.model.config, spec, codebook_VZ, seed=0).save(paths["model"], card="")
+    large = tmp_path / "large"
+    if what == "a picture":
+        Image.new("RGB", (40, 32)).save(large, "PNG")
+    else:
+        large.mkdir()
+        episodes = Episodes(tiny_chain.folder / "episodes").spec
+        for key in ("a", "b"):
+            larger = dataclasses.replace(episodes, height=32, width=40)
+            write_episode(large, key, spec=larger, num_frames=9)
+    out = tmp_path / "out"
+    command = (
+        functools.partial(evaluate, EvaluateConfig(**paths, episodes=large, output=out))
+        if what == "evaluate"
+        else functools.partial(
+            generate, GenerateConfig(**paths, actions="RIGHT", start=large, output=out)
+        )
+    )
+    with pytest.raises(MismatchError, match=f"{large}: frames are 32x40.* takes 16x16 exactly"):
+        command()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("actions", ["RIGHT*2", "random"])
+def test_the_next_step_can_be_pasted_and_writes_into_another_folder(run, capsys, tmp_path, actions):
+    *_, folder = run(actions=actions, horizon=2, prompt_frames=3)
+    (line,) = re.findall(r"^next: (worldloom generate .*)$", capsys.readouterr().err, re.MULTILINE)
+    words = shlex.split(line)
+    following = dict(zip(words[2::2], words[3::2], strict=True))
+    assert following["--output"] != str(folder)
+    assert following["--prompt-frames"] == "3"
+    assert (following["--actions"], following.get("--seed")) == (
+        ("random", "1") if actions == "random" else ("sticky", None)
+    )
+    assert main([*words[1:], "--horizon", "2"]) == 0
+    assert (tmp_path / following["--output"] / "generated.gif").exists()
 
 
 @pytest.mark.parametrize("what", ["model", "tokenizer", "start"])
@@ -215,5 +268,5 @@ def test_a_torn_picture_is_refused(run, tmp_path):
 
 
 def test_numbers_that_leave_nothing_to_do_are_refused():
-    with pytest.raises(ConfigError, match="num_samples 0"):
+    with pytest.raises(ConfigError, match="--num-samples must be at least 1, got 0"):
         GenerateConfig(actions="x", model="m", tokenizer="t", start="s", output="o", num_samples=0)

@@ -1,8 +1,10 @@
 """info.py: every kind of folder is recognised, and its numbers are those of what was written."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +22,13 @@ from worldloom.common import (
     TokenizerSpec,
     save_checkpoint,
     save_model,
+    to_plain,
+    write_json,
     write_manifest,
     write_shard,
 )
+from worldloom.pipelines.demo import StageRecord
+from worldloom.pipelines.generate import GenerateConfig, generate
 from worldloom.pipelines.info import InfoConfig, describe, info
 
 LENGTHS = (5, 9, 4)
@@ -88,6 +94,35 @@ def run(tmp_path):
     log.metrics(20, loss=0.25)
     save_checkpoint(tmp_path / "run", 20, {"model": {"a": torch.zeros(3, 4)}}, {})
     return tmp_path / "run"
+
+
+@pytest.fixture
+def demo(tmp_path):
+    folder = tmp_path / "demo"
+    write_episodes(folder / "episodes")
+    RunLog(folder / "tokenizer", config=InfoConfig(path=tmp_path)).metrics(1, loss=0.5)
+    (folder / "notes").mkdir()
+    records = {
+        name: StageRecord(seconds=seconds, finished=finished, chain=FINGERPRINT, settings={})
+        for name, seconds, finished in (("train-tokenizer", 2.5, False), ("record", 1.25, True))
+    }
+    write_json(folder / "stages.json", to_plain(records))
+    return folder
+
+
+@pytest.fixture
+def evaluation(evaluated):
+    return evaluated.folder
+
+
+@pytest.fixture
+def generated(tiny_chain, tmp_path):
+    return generate(
+        GenerateConfig(
+            **tiny_chain.paths, start=tiny_chain.folder / "shards", output=tmp_path / "generated",
+            actions="RIGHT*3,STAY,LEFT*2", prompt_frames=2, seed=5, num_samples=2, device="cpu",
+        )
+    )  # fmt: skip
 
 
 def test_episodes_are_counted_by_split_and_by_action(episodes):
@@ -158,8 +193,113 @@ def test_a_run_shows_each_metric_as_last_written_and_its_checkpoints(run):
     assert checkpoint["groups"] == {"model": {"num_tensors": 1, "num_parameters": 12}}
 
 
-def test_the_path_that_tokenize_prints_is_as_good_as_its_folder(shards):
-    assert describe(shards / "manifest.json") == describe(shards)
+def test_a_demo_shows_its_stages_in_their_order_and_the_kinds_of_its_folders(demo):
+    about = describe(demo)
+    assert (about["kind"], about["seconds"], about["report"]) == ("demo", 3.75, None)
+    assert list(about["stages"]) == ["record", "train-tokenizer"]
+    assert about["stages"]["record"] == {"seconds": 1.25, "finished": True}
+    assert about["stages"]["train-tokenizer"] == {"seconds": 2.5, "finished": False}
+    assert about["folders"] == {"episodes": "episodes", "tokenizer": "run"}
+    text = info(InfoConfig(path=demo))
+    assert "seconds 1.25, finished yes" in text
+    assert "seconds 2.5, finished no" in text
+
+
+def test_verifying_a_demo_reads_what_is_in_its_folders(demo):
+    assert describe(demo, verify=True)["verified"]
+    (demo / "episodes" / "episode-1.npz").write_bytes(b"damaged")
+    describe(demo)
+    with pytest.raises(FormatError, match=r"episode-1\.npz"):
+        describe(demo, verify=True)
+
+
+def test_an_evaluation_shows_the_numbers_that_evaluate_wrote(evaluation):
+    about = describe(evaluation)
+    written = json.loads((evaluation / "evaluation.json").read_text())
+    assert about["kind"] == "evaluation"
+    for group in ("tokenizer", "dynamics", "rollout", "play", "settings"):
+        assert about[group] == written[group]
+    assert "drift.png" in about["pictures"]
+    text = info(InfoConfig(path=evaluation))
+    assert f"{written['rollout']['psnr_over_copy_db']:.2f} dB" in text
+
+
+def test_a_generated_folder_shows_seeds_settings_frames_and_actions_in_short(generated):
+    about = describe(generated)
+    assert (about["kind"], about["seeds"], about["num_samples"]) == ("generated", [5, 6], 2)
+    assert about["sampling"].keys() == {"temperature", "min_p", "top_p"}
+    assert (about["prompt_frames"], about["generated_frames"], about["num_frames"]) == (2, 6, 8)
+    assert about["actions"] == ["RIGHT*3", "STAY", "LEFT*2"]
+    assert "RIGHT*3, STAY, LEFT*2" in info(InfoConfig(path=generated))
+
+
+@pytest.mark.parametrize(
+    ("name", "schema"),
+    [("evaluation.json", "worldloom.evaluation/1"), ("session.json", "worldloom.session/1")],
+)
+def test_a_file_of_another_schema_or_without_its_fields_is_refused(name, schema, tmp_path):
+    path = tmp_path / name
+    path.write_text('{"schema": "worldloom.other/2"}')
+    with pytest.raises(FormatError, match=r"expected schema .*, found 'worldloom.other/2'"):
+        describe(tmp_path)
+    path.write_text(json.dumps({"schema": schema}))
+    with pytest.raises(FormatError, match=name):
+        describe(tmp_path)
+
+
+def test_the_tables_of_the_formats_page_have_the_keys_that_evaluate_and_generate_write(
+    evaluation, generated
+):
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    written = json.loads((evaluation / "evaluation.json").read_text())
+    session = json.loads((generated / "session.json").read_text())
+    assert written.pop("schema") == "worldloom.evaluation/1"
+    tables = {f"`{group}` | meaning": content for group, content in written.items()}
+    section = page.partition("`session.json`:")[2]
+    for where, head, content in (
+        *((page, head, content) for head, content in tables.items()),
+        (section, "field | meaning", session),
+    ):
+        table = where.partition(f"| {head} |\n|---|---|\n")[2].partition("\n\n")[0]
+        first_cells = [line.split("|")[1] for line in table.splitlines()]
+        assert set(re.findall(r"`(\w+)`", " ".join(first_cells))) == set(content), head
+    codes = np.load(generated / "codes.npz", allow_pickle=False)
+    assert {name: array.dtype for name, array in codes.items()} == dict.fromkeys(
+        ("codes", "actions"), np.int64
+    )
+    assert codes["codes"].shape == (2, 2 + 6, *codes["codes"].shape[2:])
+    assert codes["actions"].tolist() == session["actions"]
+
+
+def test_a_demo_whose_stages_lack_a_field_is_refused(demo):
+    (demo / "stages.json").write_text('{"record": {"seconds": 1.0}}')
+    with pytest.raises(FormatError, match=r"stages\.json: record"):
+        describe(demo)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("shards", "manifest.json"),
+        ("evaluation", "evaluation.json"),
+        ("generated", "session.json"),
+        ("demo", "stages.json"),
+    ],
+)
+def test_the_file_that_says_what_a_folder_is_is_as_good_as_the_folder(kind, name, request):
+    folder = request.getfixturevalue(kind)
+    assert describe(folder / name) == describe(folder)
+
+
+def test_verify_finds_damaged_codes_of_a_generated_folder(generated):
+    path = generated / "codes.npz"
+    assert describe(generated, verify=True)["verified"]
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+    describe(generated)
+    with pytest.raises(FormatError, match=r"codes\.npz"):
+        describe(generated, verify=True)
 
 
 @pytest.mark.parametrize("kind", ["shards", "model", "run"])
@@ -209,13 +349,15 @@ def test_weights_with_a_forged_header_are_refused(model, content):
         describe(model)
 
 
-@pytest.mark.parametrize("kind", ["episodes", "shards", "model", "run"])
+@pytest.mark.parametrize(
+    "kind", ["episodes", "shards", "model", "run", "demo", "evaluation", "generated"]
+)
 def test_json_is_what_describe_returns_and_the_text_says_what_it_is(kind, request):
     folder = request.getfixturevalue(kind)
     about = describe(folder)
     assert json.loads(info(InfoConfig(path=folder, json=True))) == about
     assert info(InfoConfig(path=folder)).startswith(
-        f"{folder}: a" if kind != "shards" else str(folder)
+        f"{folder}: a" if kind not in ("shards", "generated") else str(folder)
     )
 
 
@@ -234,14 +376,15 @@ def test_a_preview_of_what_has_no_frames_is_refused(shards, tmp_path):
     assert not (tmp_path / "p.png").exists()
 
 
-def test_info_needs_no_torch(episodes, shards):
+def test_info_needs_no_torch(episodes, shards, demo, evaluation, generated):
     code = (
         "import sys; from worldloom.pipelines.cli import main\n"
         "ended = [main(['info', path, '--verify']) for path in sys.argv[1:]]\n"
         "sys.exit(any(ended) or 'torch' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(episodes), str(shards)],
+        [sys.executable, "-c", code,
+         *map(str, (episodes, shards, demo, evaluation, generated))],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -204,7 +204,7 @@ def test_a_failure_while_playing_is_named_and_leaves_no_torn_episode(tmp_path, c
     [
         ({"env": "worlds:LastAktion-v0"}, "did you mean LastAction-v0"),
         ({"env": "worlds:Spaces-v0"}, "could not be opened"),
-        ({"height": 20}, "16x16.*wanted are 20x16.*'exact'"),
+        ({"height": 20}, "draws 16x16 .*--height 16 --width 16, or --resize stretch, crop or pad"),
         ({"policy": "no_such_module:play"}, "--policy no_such_module:play"),
         ({"policy": "stikcy"}, "did you mean 'sticky'"),
         ({"action_weights": "ACTION_9=2"}, "no action 'ACTION_9'"),
@@ -254,7 +254,7 @@ def test_another_version_of_the_game_is_refused_only_while_episodes_are_missing(
 def test_a_folder_of_something_else_is_refused_untouched(tmp_path):
     (tmp_path / "thesis.txt").write_text("ten years of work")
     (tmp_path / "tmp-notes").write_text("more")
-    with pytest.raises(ConfigError, match=r"has thesis\.txt but no episodes\.json"):
+    with pytest.raises(ConfigError, match=r"has thesis\.txt, tmp-notes but no episodes\.json"):
         record(settings(tmp_path))
     assert sorted(content(tmp_path)) == ["thesis.txt", "tmp-notes"]
     with pytest.raises(ConfigError, match="is a file"):

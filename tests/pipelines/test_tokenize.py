@@ -19,6 +19,8 @@ from worldloom.common import (
     MismatchError,
     TokenShards,
 )
+from worldloom.pipelines import measures
+from worldloom.pipelines.encoding import EpisodeFrames, clip_psnr, reconstructed_clips
 from worldloom.pipelines.tokenize import TokenizeConfig, tokenize
 from worldloom.tokenizer import load_tokenizer, resize_frames
 
@@ -336,7 +338,7 @@ def test_missing_or_empty_input_ends_with_3_within_5_seconds(
     ("flags", "said"),
     [
         (("--shard-episode", 2), "did you mean --shard-episodes"),
-        (("--shard-episodes", 0), "shard_episodes 0 must be at least 1"),
+        (("--shard-episodes", 0), "--shard-episodes must be at least 1, got 0"),
         (("--device", "abacus"), "--device abacus"),
         (("--device", "meta"), "--device meta"),
     ],
@@ -384,6 +386,41 @@ def test_memory_does_not_grow_with_the_length_of_an_episode(tmp_path, tokenizer_
     one_piece = 64 * 128 * 128 * 3
     assert few > one_piece  # or numpy's arrays were not counted
     assert many < few + one_piece
+
+
+def test_the_manifest_has_the_reconstruction_that_evaluate_measures(
+    undisturbed, tokenizer_folder, episodes_folder
+):
+    """Over whole held-out episodes, in the same clips; one is longer than a piece of a file."""
+    tokenizer, episodes = load_tokenizer(tokenizer_folder), Episodes(episodes_folder)
+    held_out = measures.read_held_out(episodes, episodes.split("validation"), tokenizer)
+    measured, metrics = measures.reconstruction(held_out), TokenShards(undisturbed[0]).metrics
+    for name in ("psnr_db", "moving_psnr_db"):
+        assert metrics[name] == pytest.approx(measured[name], abs=1e-4)
+    assert metrics["split"] == "validation"
+
+
+def test_clips_streamed_side_by_side_are_those_of_whole_episodes(tokenizer_folder, episodes_folder):
+    tokenizer, episodes = load_tokenizer(tokenizer_folder), Episodes(episodes_folder)
+    held_out = measures.read_held_out(episodes, episodes.keys, tokenizer)
+    videos = [EpisodeFrames(episodes, key, tokenizer.spec) for key in episodes.keys]
+    clips = list(reconstructed_clips(videos, LENGTHS, tokenizer, batch=4))
+    assert sum(len(true) for true, _ in clips) == sum(LENGTHS)
+    assert {len(true) for true, _ in clips} == {length % 16 or 16 for length in LENGTHS} | {16}
+    measured, wanted = clip_psnr(clips), measures.reconstruction(held_out)
+    for name, value in measured.items():
+        assert value == pytest.approx(wanted[name], abs=1e-4)
+
+
+def test_where_none_is_held_out_the_training_episodes_are_measured_and_called_so(
+    commands, tokenizer_folder, tmp_path
+):
+    folder = write_pushed_squares(tmp_path / "episodes", (9,))
+    ended = commands.run("tokenize", "--episodes", folder, "--tokenizer", tokenizer_folder,
+                         "--device", "cpu", "--output", tmp_path / "shards")  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert "reconstruction on training episodes (none is held out)" in ended.err
+    assert TokenShards(tmp_path / "shards").metrics["split"] == "train"
 
 
 def test_the_hash_of_the_codes_is_the_same_whatever_the_folder_is_called(

@@ -16,12 +16,12 @@ evaluation.json, all on held-out episodes but the use of the codebook:
 Every PSNR is that of a mean squared error over all frames and rollouts it speaks of.
 """
 
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from worldloom.common import (
-    ConfigError,
     Episodes,
     FormatError,
     atomic_folder,
@@ -29,6 +29,8 @@ from worldloom.common import (
     to_json,
 )
 from worldloom.dynamics import SamplingConfig
+
+from .checks import require_at_least, require_own_output
 
 EVALUATION_SCHEMA = "worldloom.evaluation/1"
 
@@ -75,12 +77,9 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that leave nothing to measure."""
-        for name in ("prompt_frames", "horizon", "num_rollouts", "num_first_frames", "held_frames",
-                     "batch"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"evaluate: {name} {getattr(self, name)} must be at least 1")
-        if self.max_episodes < 0:
-            raise ConfigError(f"evaluate: max_episodes {self.max_episodes} must be 0 (all) or more")
+        require_at_least(1, self, "prompt_frames", "horizon", "num_rollouts", "num_first_frames",
+                         "held_frames", "batch")  # fmt: skip
+        require_at_least(0, self, "max_episodes")
 
 
 def evaluate(config: EvaluateConfig) -> Path:
@@ -88,10 +87,11 @@ def evaluate(config: EvaluateConfig) -> Path:
     from . import evaluation_pictures as pictures
     from . import measures
     from .devices import choose_device
+    from .encoding import require_size
     from .starts import require_actions
     from .world import World
 
-    _check_output(config.output)
+    require_own_output(config.output, sign="evaluation.json", command="evaluate")
     world = World.from_pretrained(
         config.model,
         config.tokenizer,
@@ -100,6 +100,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     )
     episodes = Episodes(config.episodes)
     require_actions(world.model, episodes.spec.actions, where=str(config.episodes))
+    size = (episodes.spec.height, episodes.spec.width)
+    require_size(size, world.tokenizer.spec, where=config.episodes, tokenizer=config.tokenizer)
     plan = measures.Plan(
         prompt_frames=config.prompt_frames,
         horizon=config.horizon,
@@ -144,15 +146,6 @@ def evaluate(config: EvaluateConfig) -> Path:
     return config.output / "evaluation.json"
 
 
-def _check_output(output: Path) -> None:
-    """Refuse to replace a folder that holds anything but an earlier evaluation."""
-    ours = (output / "evaluation.json").is_file()
-    if output.exists() and not ours and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(
-            f"{output}: exists and was not written by evaluate; choose another --output"
-        )
-
-
 def _held_out(episodes: Episodes, limit: int) -> list[str]:
     """Return the keys to judge by."""
     keys = episodes.split("validation")
@@ -175,3 +168,7 @@ def _say_numbers(numbers: dict[str, Any], config: EvaluateConfig) -> None:
         f"{r['psnr_over_copy_db']:+.2f} dB over copying, "
         f"{r['delta_psnr_db']:+.2f} dB over random actions")  # fmt: skip
     say(f"{p['frames_per_s']:.1f} frames/s; look at {config.output / 'rollout-0.gif'}")
+    words = ["worldloom", "generate", "--model", str(config.model), "--tokenizer",
+             str(config.tokenizer), "--start", str(config.shards or config.episodes), "--actions",
+             "true", "--output", str(config.output.parent / "generated")]  # fmt: skip
+    say(f"next: {shlex.join(words)}")

@@ -6,6 +6,7 @@
 session.json and codes.npz hold everything that was decided: the same command gives the same codes.
 """
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from worldloom.common import (
     ActionSpec,
-    ConfigError,
     FormatError,
     Frames,
     SlotArray,
@@ -28,6 +28,7 @@ from worldloom.common import (
 from worldloom.dynamics import SamplingConfig
 
 from .action_sources import random_actions, sticky_actions, written_actions
+from .checks import require_at_least, require_own_output
 
 if TYPE_CHECKING:
     from .starts import Start
@@ -77,10 +78,8 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that leave nothing to do."""
-        for name, low in (("prompt_frames", 1), ("horizon", 1), ("num_samples", 1), ("scale", 1),
-                          ("start_frame", 0)):  # fmt: skip
-            if getattr(self, name) < low:
-                raise ConfigError(f"generate: {name} {getattr(self, name)} must be at least {low}")
+        require_at_least(1, self, "prompt_frames", "horizon", "num_samples", "scale")
+        require_at_least(0, self, "start_frame")
 
 
 def generate(config: GenerateConfig) -> Path:
@@ -89,7 +88,7 @@ def generate(config: GenerateConfig) -> Path:
     from .starts import Moment, read_start
     from .world import World
 
-    _check_output(config.output)
+    require_own_output(config.output, sign="session.json", command="generate")
     world = World.from_pretrained(
         config.model,
         config.tokenizer,
@@ -121,17 +120,23 @@ def generate(config: GenerateConfig) -> Path:
         f"({frames / max(seconds, 1e-9):.1f} frames/s, decoded); "
         f"look at {config.output / 'generated.gif'}"
     )
+    say(f"next: {shlex.join(_another(config))}")
     return config.output
 
 
-def _check_output(output: Path) -> None:
-    """Refuse to replace a folder that holds anything but an earlier result."""
-    if output.exists() and (
-        not output.is_dir() or (any(output.iterdir()) and not (output / "session.json").is_file())
-    ):
-        raise ConfigError(
-            f"{output}: exists and was not written by generate; choose another --output"
-        )
+def _another(config: GenerateConfig) -> list[str]:
+    """Return the command for another future of the same start: other actions, or another seed."""
+    words = ["worldloom", "generate", "--model", str(config.model), "--tokenizer",
+             str(config.tokenizer), "--start", str(config.start)]  # fmt: skip
+    for name, usual in (("episode", "0"), ("start_frame", 0), ("prompt_frames", 4)):
+        value = getattr(config, name)
+        if value != usual:
+            words += ["--" + name.replace("_", "-"), str(value)]
+    if config.actions in ("random", "sticky"):
+        seed = config.seed + config.num_samples
+        words += ["--actions", config.actions, "--seed", str(seed)]
+        return [*words, "--output", f"{config.output}-seed-{seed}"]
+    return [*words, "--actions", "sticky", "--output", f"{config.output}-sticky"]
 
 
 def _actions(config: GenerateConfig, spec: ActionSpec, start: "Start") -> SlotArray:

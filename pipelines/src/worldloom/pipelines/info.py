@@ -1,6 +1,7 @@
 """What a file or folder is -> a description, as aligned text or as JSON with stable keys.
 
-    EPISODES | SHARDS | model directory | run | checkpoint  ->  describe  ->  {"kind": ..., ...}
+    EPISODES | SHARDS | model directory | run | checkpoint
+    demo's folder | evaluation | generated folder            ->  describe  ->  {"kind": ..., ...}
 
 Nothing here needs torch: weights are described by their headers.
 """
@@ -8,8 +9,10 @@ Nothing here needs torch: weights are described by their headers.
 import json
 import math
 import tomllib
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from worldloom.common import (
     FormatError,
     SlotArray,
     TokenShards,
+    build,
     file_sha256,
     read_json,
     read_metrics,
@@ -30,6 +34,7 @@ from worldloom.common import (
     write_bytes,
 )
 
+from .commands import COMMANDS
 from .info_text import render
 
 _COUNTED_CODES = 50_000_000
@@ -44,7 +49,8 @@ class InfoConfig:
 
         worldloom info runs/demo/episodes --preview episodes.png
 
-    Reads a folder of episodes or token shards, a model directory, a run or a checkpoint.
+    Reads a folder of episodes or token shards, a model directory, a run or a checkpoint, and what
+    demo, evaluate and generate wrote.
     """
 
     path: Positional[Path]
@@ -99,15 +105,22 @@ def describe(path: Path, /, *, verify: bool = False) -> dict[str, Any]:
         "dynamics": _model,
         "checkpoint": _checkpoint,
         "run": _run,
+        "demo": _demo,
+        "evaluation": _evaluation,
+        "generated": _generated,
     }[kind]
     head = {"kind": kind, "path": str(folder), "size_bytes": _size(folder)}
     return {**head, **describe_kind(folder, verify)}
 
 
-_SIGNS = ("episodes.json", "manifest.json", "config.json", "metrics.jsonl", "LATEST")
+_SIGNS = (
+    "episodes.json", "manifest.json", "config.json", "metrics.jsonl", "LATEST",
+    "stages.json", "report.html", "report.json", "evaluation.json", "session.json",
+)  # fmt: skip
 _EXPECTED = (
     "a folder of episodes (episodes.json), token shards or a checkpoint (manifest.json), "
-    "a model directory (config.json) or a run (metrics.jsonl, checkpoints)"
+    "a model directory (config.json), a run (metrics.jsonl, checkpoints), a demo (stages.json), "
+    "an evaluation (evaluation.json) or a generated folder (session.json)"
 )
 
 
@@ -124,11 +137,17 @@ def _kind(folder: Path) -> str | None:
         return known.get(str(schema).partition("/")[0])
     if (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir():
         return "run"
-    return None
+    signs = {"stages.json": "demo", "evaluation.json": "evaluation", "session.json": "generated"}
+    return next((kind for sign, kind in signs.items() if (folder / sign).is_file()), None)
 
 
 def _subfolders(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def _inside(folder: Path) -> dict[str, str]:
+    """Return the kinds of the folders in a folder, by name; those of no kind are left out."""
+    return {path.name: kind for path in sorted(_subfolders(folder)) if (kind := _kind(path))}
 
 
 def _size(folder: Path) -> int:
@@ -242,12 +261,109 @@ def _run(folder: Path, verify: bool) -> dict[str, Any]:
         "last_metrics": last,
         "checkpoints": [path.name for path in checkpoints],
         "latest": _text(folder / "LATEST").strip() or None,
-        "models": {
-            path.name: kind for path in sorted(_subfolders(folder)) if (kind := _kind(path))
-        },
+        "models": _inside(folder),
         "config": _toml(folder / "config.toml"),
         "verified": verify,
     }
+
+
+def _demo(folder: Path, verify: bool) -> dict[str, Any]:
+    """Describe a demo's folder; with `verify`, everything in it."""
+    # Here and not above: a command's help loads no other command's module.
+    from .demo import StageRecord
+
+    path = folder / "stages.json"
+    records = {
+        name: build(StageRecord, record, where=f"{path}: {name}", error=FormatError)
+        for name, record in read_json(path, what="the stages of a demo").items()
+    }
+    # JSON keeps no order; the commands' own is that of the data.
+    order = sorted(records, key=lambda name: [*COMMANDS, name].index(name))
+    inside = _inside(folder)
+    if verify:
+        for name in inside:
+            describe(folder / name, verify=True)
+    return {
+        "seconds": sum(record.seconds for record in records.values()),
+        "stages": {
+            name: {"seconds": records[name].seconds, "finished": records[name].finished}
+            for name in order
+        },
+        "folders": inside,
+        "report": "report.html" if (folder / "report.html").is_file() else None,
+        "verified": verify,
+    }
+
+
+def _evaluation(folder: Path, _verify: bool) -> dict[str, Any]:
+    """Describe an evaluation by its numbers; it has no hashes to verify."""
+    # Here and not above: a command's help loads no other command's module.
+    from .evaluate import EVALUATION_SCHEMA
+
+    content = _read_schema(folder / "evaluation.json", EVALUATION_SCHEMA)
+    groups = ("tokenizer", "dynamics", "rollout", "play", "settings")
+    for group in groups:
+        if not isinstance(content.get(group), dict):
+            raise FormatError(
+                f"{folder / 'evaluation.json'}: lacks the numbers of {group}; run `worldloom "
+                "evaluate` again"
+            )
+    pictures = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".gif"))
+    return {**{group: content[group] for group in groups}, "pictures": pictures, "verified": False}
+
+
+def _generated(folder: Path, verify: bool) -> dict[str, Any]:
+    """Describe a generated folder; with `verify`, compare its codes with their checksums."""
+    # Here and not above: a command's help loads no other command's module.
+    from .generate import SESSION_SCHEMA
+
+    path = folder / "session.json"
+    session = _read_schema(path, SESSION_SCHEMA)
+    try:
+        names = [name or "none" for name in session["action_names"]]
+        held = [(name, len(list(same))) for name, same in groupby(names)]
+        about = {
+            "seeds": list(session["seeds"]),
+            "sampling": dict(session["sampling"]),
+            "start": session["start"],
+            "model": session["model"],
+            "fingerprint": session["tokenizer"],
+            "fps": session["fps"],
+            "prompt_frames": session["prompt_frames"],
+            "num_samples": len(session["seeds"]),
+            "num_frames": 1 + len(session["prompt_actions"]) + len(names),
+            "generated_frames": len(names),
+            "actions": [f"{name}*{times}" if times > 1 else name for name, times in held],
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"{path}: is not a session of `worldloom generate` ({error!r}); generate it again"
+        ) from error
+    if verify:
+        _verify_zip(folder / "codes.npz")
+    return {**about, "verified": verify}
+
+
+def _read_schema(path: Path, schema: str) -> dict[str, Any]:
+    """Return the JSON object in a file that must have exactly this schema."""
+    content = read_json(path, what=f"a file of schema {schema}")
+    if content.get("schema") != schema:
+        raise FormatError(
+            f"{path}: expected schema {schema}, found {content.get('schema')!r}; it is another "
+            "version's, or not of worldloom"
+        )
+    return content
+
+
+def _verify_zip(path: Path) -> None:
+    """Compare every member of a zip with its CRC-32."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise FormatError(f"{path}: not readable as a zip ({error}); generate it again") from error
+    if damaged is not None:
+        raise FormatError(f"{path}: its member {damaged} is damaged; generate it again")
 
 
 _SPLITS = ("train", "validation")

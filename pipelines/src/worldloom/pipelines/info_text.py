@@ -23,6 +23,9 @@ _TITLES = {
     "dynamics": "a dynamics model's directory",
     "checkpoint": "a checkpoint",
     "run": "a run directory",
+    "demo": "a demo's folder",
+    "evaluation": "an evaluation",
+    "generated": "generated video",
 }
 
 
@@ -58,7 +61,7 @@ def _value(key: str, value: Any) -> str | None:
         inner = [f"{_label(k)} {_value(k, v)}" for k, v in value.items()] if small else []
         return ", ".join(inner) if small else None
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
     if value is None or isinstance(value, bool):
         return {None: "", False: "no", True: "yes"}[value]
     if isinstance(value, str):

@@ -10,10 +10,10 @@ Squared errors are pooled before they become decibels; see worldloom.tokenizer.m
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,16 +30,12 @@ from worldloom.common import (
     progress,
 )
 from worldloom.dynamics import generate_codes
-from worldloom.tokenizer import VideoTokenizer, resize_frames, usage
-from worldloom.tokenizer.metrics import decibels, moving_pixels, squared_error, ssim
+from worldloom.tokenizer import VideoTokenizer, usage
+from worldloom.tokenizer.metrics import decibels, squared_error, ssim
 
 from .action_sources import random_actions
+from .encoding import CLIP_FRAMES, batches, clip_psnr, decode_videos, encode_videos, fit
 from .world import World
-
-Row = TypeVar("Row")
-
-CLIP_FRAMES = 16
-"""Frames of a clip whose median tells what moves."""
 
 _SIDE_BY_SIDE = 16
 """Videos that the tokenizer takes at once."""
@@ -116,8 +112,10 @@ def read_held_out(
     for key in progress(keys, "reading held-out episodes"):
         frames_THWC, slots_TA = _read(episodes, key, tokenizer)
         read.append((key, frames_THWC, slots_TA))
-    codes = _encode([frames_THWC for _, frames_THWC, _ in read], tokenizer)
-    decoded = _decode(codes, [len(frames_THWC) for _, frames_THWC, _ in read], tokenizer)
+    lengths = [len(frames_THWC) for _, frames_THWC, _ in read]
+    videos = [[frames_THWC] for _, frames_THWC, _ in read]
+    codes = encode_videos(videos, lengths, tokenizer, batch=_SIDE_BY_SIDE)
+    decoded = decode_videos(codes, lengths, tokenizer, batch=_SIDE_BY_SIDE)
     return [
         HeldOut(key, frames_THWC, decoded_THWC, codes_thw, slots_TA)
         for (key, frames_THWC, slots_TA), codes_thw, decoded_THWC in zip(
@@ -128,24 +126,22 @@ def read_held_out(
 
 def reconstruction(held_out: Sequence[HeldOut], /) -> dict[str, Any]:
     """Return PSNR, PSNR of what moves, and SSIM (None where frames are smaller than its window)."""
-    errors, moving_errors, similarities = [], [], []
-    large = min(held_out[0].frames_THWC.shape[1:3]) >= 11
-    for episode in held_out:
-        pairs = zip(
+    clips = [
+        pair
+        for episode in held_out
+        for pair in zip(
             torch.split(episode.frames_THWC, CLIP_FRAMES),
             torch.split(episode.decoded_THWC, CLIP_FRAMES),
             strict=True,
         )
-        for true, decoded in pairs:
-            error_BTHW = squared_error(true[None], decoded[None])
-            errors.append(error_BTHW.flatten())
-            moving_errors.append(error_BTHW[moving_pixels(true[None])])
-            if large:
-                similarities.append((ssim(true[None], decoded[None]), len(true)))
+    ]
+    large = min(held_out[0].frames_THWC.shape[1:3]) >= 11
+    similarities = [
+        (ssim(true[None], decoded[None]), len(true)) for true, decoded in clips if large
+    ]
     frames = sum(count for _, count in similarities)
     return {
-        "psnr_db": _psnr(torch.cat(errors)),
-        "moving_psnr_db": _psnr(torch.cat(moving_errors)),
+        **clip_psnr(clips),
         "ssim": sum(value * count for value, count in similarities) / frames if frames else None,
         "num_frames": sum(len(episode.frames_THWC) for episode in held_out),
     }
@@ -168,9 +164,15 @@ def codebook_use(
         ]
     else:
         parts = []
-        for keys in progress(list(_batches(episodes.keys, _SIDE_BY_SIDE)), "encoding episodes"):
+        for keys in progress(list(batches(episodes.keys, _SIDE_BY_SIDE)), "encoding episodes"):
             frames = [_read(episodes, key, tokenizer)[0] for key in keys]
-            parts += [codes_thw.flatten() for codes_thw in _encode(frames, tokenizer)]
+            encoded = encode_videos(
+                [[frames_THWC] for frames_THWC in frames],
+                [len(frames_THWC) for frames_THWC in frames],
+                tokenizer,
+                batch=_SIDE_BY_SIDE,
+            )
+            parts += [codes_thw.flatten() for codes_thw in encoded]
     used, perplexity = usage(torch.cat(parts), tokenizer.spec.codes.vocab_size)
     return {"codes_used_fraction": used, "perplexity": perplexity}
 
@@ -193,7 +195,7 @@ def given_the_past(world: World, held_out: Sequence[HeldOut], batch: int, /) -> 
             windows[len(codes_thw)].append((codes_thw, slots_TA[first * r : stop * r]))
     nats = right = count = 0.0
     for group in windows.values():
-        for rows in _batches(group, batch):
+        for rows in batches(group, batch):
             codes_Bthw = torch.stack([codes for codes, _ in rows]).to(model.device)
             slots_BTA = torch.stack([slots for _, slots in rows]).to(model.device)
             logits_NV = model(codes_Bthw, slots_BTA).float().flatten(0, -2)
@@ -216,7 +218,7 @@ def first_frames(
         seed=plan.seed,
     )
     right, copied = [], []
-    for rows in _batches(starts, plan.batch):
+    for rows in batches(starts, plan.batch):
         codes_Bthw, slots_BTA = _cut(rows, plan.prompt_frames + 1, world)
         prompt_Bthw, true_Bhw = codes_Bthw[:, :-1], codes_Bthw[:, -1]
         generated_Bthw = generate_codes(
@@ -270,7 +272,7 @@ def roll_out(world: World, starts: Sequence[RolloutStart], plan: Plan, /) -> Rol
     num_frames = 1 + (frames - 1) * r
     parts: dict[str, list[Tensor]] = defaultdict(list)
     rng = numpy_stream(plan.seed, "evaluate-random-actions")
-    for rows in progress(list(_batches(starts, plan.batch)), "rolling out"):
+    for rows in progress(list(batches(starts, plan.batch)), "rolling out"):
         codes_Bthw, slots_BTA = _cut(rows, frames, world)
         steps = plan.horizon * r
         drawn = [random_actions(spec, steps, rng=rng) for _ in rows]
@@ -363,59 +365,10 @@ def clock(world: World, start: RolloutStart, plan: Plan, /) -> dict[str, Any]:
 
 def _read(episodes: Episodes, key: str, tokenizer: VideoTokenizer) -> tuple[Tensor, SlotArray]:
     """Return one episode's frames_THWC at the tokenizer's size, and its slots_TA."""
-    spec = tokenizer.spec
     with episodes.open(key) as episode:
-        frames = resize_frames(
-            episode.frames(), height=spec.height, width=spec.width, rule=spec.resize
-        )
+        frames = fit(episode.frames(), tokenizer.spec)
         slots_TA = episodes.spec.actions.encode(episode.actions, where=key)
     return torch.from_numpy(np.ascontiguousarray(frames)), slots_TA
-
-
-def _encode(videos: Sequence[Tensor], tokenizer: VideoTokenizer) -> list[Tensor]:
-    """Return codes_thw of each video."""
-    latent_frames = tokenizer.spec.codes.latent_frames
-    lengths = [latent_frames(len(frames_THWC)) for frames_THWC in videos]
-    return _side_by_side(videos, lengths, tokenizer.encode)
-
-
-def _decode(
-    codes: Sequence[Tensor], lengths: Sequence[int], tokenizer: VideoTokenizer
-) -> list[Tensor]:
-    """Return frames_THWC of each video's codes."""
-    pixel_frames = tokenizer.spec.codes.pixel_frames
-
-    def decode(codes_Bthw: Tensor) -> Tensor:
-        return tokenizer.decode(codes_Bthw, num_frames=pixel_frames(codes_Bthw.shape[1]))
-
-    return _side_by_side(codes, lengths, decode)
-
-
-def _side_by_side(
-    videos: Sequence[Tensor], lengths: Sequence[int], function: Callable[[Tensor], Tensor]
-) -> list[Tensor]:
-    """Put videos of like lengths through a causal function together, several times faster.
-
-    A shorter one repeats its last frame, and what came of that is cut off again.
-    """
-    results: dict[int, Tensor] = {}
-    order = sorted(range(len(videos)), key=lambda index: len(videos[index]))
-    for indices in _batches(order, _SIDE_BY_SIDE):
-        longest = len(videos[indices[-1]])
-        rows = []
-        for index in indices:
-            video = videos[index]
-            rows.append(
-                torch.cat([video, video[-1:].expand(longest - len(video), *video.shape[1:])])
-            )
-        for index, result in zip(indices, function(torch.stack(rows)).cpu(), strict=True):
-            results[index] = result[: lengths[index]]
-    return [results[index] for index in range(len(videos))]
-
-
-def _psnr(errors: Tensor) -> float:
-    """Return the PSNR of pooled squared errors; of none, that of equal frames."""
-    return decibels(float(errors.double().mean()) if len(errors) else 0.0)
 
 
 def _cut(starts: Sequence[RolloutStart], frames: int, world: World) -> tuple[Tensor, Tensor]:
@@ -439,9 +392,3 @@ def _padded(slots_TA: SlotArray, steps: int) -> Tensor:
     missing = steps - len(slots_TA)
     padded: npt.NDArray[np.int64] = np.pad(slots_TA, ((0, missing), (0, 0)), constant_values=-1)
     return torch.from_numpy(padded)
-
-
-def _batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
-    """Yield the rows in order, at most `size` at a time."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]

@@ -23,6 +23,7 @@ from worldloom.common import (
     ConfigError,
     EpisodesSpec,
     ResizeRule,
+    is_leftover,
     progress,
     read_json,
     remove_leftovers,
@@ -30,6 +31,7 @@ from worldloom.common import (
     storage_errors,
 )
 
+from .checks import require_at_least
 from .policies import PolicyConfig, check_policy
 
 
@@ -107,19 +109,8 @@ def record(config: RecordConfig) -> Path:
 
 def _check(config: RecordConfig) -> None:
     """Refuse what no game could use, before anything is started."""
-    counts = (
-        "num_episodes",
-        "frame_skip",
-        "height",
-        "width",
-        "max_frames",
-        "workers",
-        "action_bins",
-    )
-    for name in counts:
-        if getattr(config, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} must be at least 1, got {getattr(config, name)}")
+    require_at_least(1, config, "num_episodes", "frame_skip", "height", "width", "max_frames",
+                     "workers", "action_bins")  # fmt: skip
     if config.fps is not None and not 0 < config.fps < 1e6:
         raise ConfigError(f"--fps must be a positive number, got {config.fps}")
     check_policy(_policy(config))
@@ -163,7 +154,7 @@ def _claimed(folder: Path, name: Path) -> Iterator[None]:
     """Hold the folder alone, without leftovers; a folder that stays empty goes again."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{name}: is a file; --output is a folder")
-    strangers = sorted(p.name for p in folder.glob("*") if not p.name.startswith("tmp-"))
+    strangers = sorted(p.name for p in folder.glob("*") if not is_leftover(p.name))
     if strangers and "episodes.json" not in strangers:
         raise ConfigError(
             f"{name}: has {', '.join(strangers[:3])} but no episodes.json, so it is no recording; "

@@ -17,6 +17,7 @@ import numpy as np
 from worldloom.common import (
     ActionArray,
     ActionSpec,
+    ConfigError,
     EpisodesSpec,
     EpisodeWriter,
     Frames,
@@ -84,7 +85,7 @@ class Recorder:
         self._job = job
         self._game = game
         self._new_policy = make_policy(job.policy, game)
-        self._resize([np.zeros((*game.native_size, 3), np.uint8)])  # refuse a size before playing
+        _require_size(job, game.native_size)
         self.greeting = EpisodesSpec(
             actions=game.actions,
             height=job.height,
@@ -165,6 +166,17 @@ class Recorder:
         from worldloom.tokenizer import resize_frames
 
         return resize_frames(frames_THWC, height=job.height, width=job.width, rule=job.resize)
+
+
+def _require_size(job: RecordingJob, size: tuple[int, int]) -> None:
+    """Refuse, before anything is played, frames that would have to be resized without a rule."""
+    height, width = size
+    if job.resize == "exact" and size != (job.height, job.width):
+        raise ConfigError(
+            f"--env {job.game.env} draws {height}x{width} frames (height x width), not "
+            f"{job.height}x{job.width}; give --height {height} --width {width}, "
+            "or --resize stretch, crop or pad"
+        )
 
 
 def _stack(spec: ActionSpec, actions: Sequence[ActionArray]) -> ActionArray:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from worldloom.common import (
     ActionSpec,
+    ConfigError,
     Episodes,
     FormatError,
     Frames,
@@ -21,8 +22,9 @@ from worldloom.common import (
     TokenShards,
 )
 from worldloom.dynamics import DynamicsModel
-from worldloom.tokenizer import VideoTokenizer, resize_frames
+from worldloom.tokenizer import VideoTokenizer
 
+from .encoding import fit, require_size
 from .world import World
 
 
@@ -63,8 +65,10 @@ def read_start(path: Path, world: World, moment: Moment, /) -> Start:
         moment: which part of an episode. A picture is a prompt of one frame, whatever this says.
 
     Raises:
-        FormatError: if there is nothing there, or the episode is too short.
-        MismatchError: if it was recorded with other actions or written by another tokenizer.
+        FormatError: if there is nothing there.
+        ConfigError: if there is no such episode, or it is too short.
+        MismatchError: if it was recorded with other actions, written by another tokenizer, or of
+            frames that the tokenizer does not take.
     """
     if path.is_file():
         return _from_picture(path, world.tokenizer, world.model.spec.actions)
@@ -102,7 +106,8 @@ def _from_picture(path: Path, tokenizer: VideoTokenizer, actions: ActionSpec) ->
             frame = np.array(picture.convert("RGB"))
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
         raise FormatError(f"{path}: not a readable picture ({error})") from error
-    frames = _resized(frame[None], tokenizer)
+    require_size((frame.shape[0], frame.shape[1]), tokenizer.spec, where=path)
+    frames = fit(frame[None], tokenizer.spec)
     none = np.zeros((0, actions.num_slots), np.int64)
     return Start(_encode(frames, tokenizer), none, none, None, path.name)
 
@@ -130,11 +135,13 @@ def _from_episodes(path: Path, world: World, moment: Moment) -> Start:
     """Encode a moment of a recorded episode."""
     episodes = Episodes(path)
     require_actions(world.model, episodes.spec.actions, where=str(path))
+    size = (episodes.spec.height, episodes.spec.width)
+    require_size(size, world.tokenizer.spec, where=path)
     key = _pick(moment.episode, episodes.keys, episodes.split("validation"), where=path)
     with episodes.open(key) as opened:
         where = f"{path}: {key}"
         first = _first_latent(moment, opened.num_frames, world.model, where=where)
-        frames = _resized(opened.frames(), world.tokenizer)
+        frames = fit(opened.frames(), world.tokenizer.spec)
         slots = episodes.spec.actions.encode(opened.actions, where=where)
     codes_thw = _encode(frames, world.tokenizer)[first:]
     start = moment.start_frame
@@ -146,11 +153,12 @@ def _pick(episode: str, keys: list[str], held_out: list[str], *, where: Path) ->
     if episode in keys:
         return episode
     choices = held_out or keys
-    if episode.isdigit() and int(episode) < len(choices):
+    if episode.isdecimal() and int(episode) < len(choices):
         return choices[int(episode)]
-    raise FormatError(
-        f"{where}: no episode {episode!r}; name one by its key (such as {choices[0]}), or by its "
-        f"number among the {'held-out' if held_out else ''} ones, 0 to {len(choices) - 1}"
+    among = "the held-out ones" if held_out else "all"
+    raise ConfigError(
+        f"{where}: has no --episode {episode!r}; name one by its key (such as {choices[0]}), "
+        f"or by its number among {among}, 0 to {len(choices) - 1}"
     )
 
 
@@ -159,23 +167,17 @@ def _first_latent(moment: Moment, num_frames: int, model: DynamicsModel, *, wher
     codes = model.spec.tokenizer.codes
     start_frame = moment.start_frame
     if start_frame % codes.frames_per_latent:
-        raise FormatError(
+        raise ConfigError(
             f"{where}: --start-frame {start_frame} lies inside a latent frame; "
             f"take a multiple of {codes.frames_per_latent}"
         )
     wanted = codes.pixel_frames(moment.prompt_frames)
     if start_frame + wanted > num_frames:
-        raise FormatError(
+        raise ConfigError(
             f"{where}: has {num_frames} frames, but the prompt takes {wanted} from frame "
             f"{start_frame} on; lower --start-frame or --prompt-frames, or take another --episode"
         )
     return start_frame // codes.frames_per_latent
-
-
-def _resized(frames_THWC: Frames, tokenizer: VideoTokenizer) -> Frames:
-    """Return the frames at the tokenizer's size, by its rule."""
-    spec = tokenizer.spec
-    return resize_frames(frames_THWC, height=spec.height, width=spec.width, rule=spec.resize)
 
 
 def _encode(frames_THWC: Frames, tokenizer: VideoTokenizer) -> torch.Tensor:

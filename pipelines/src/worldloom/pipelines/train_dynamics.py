@@ -64,9 +64,11 @@ def train_dynamics(config: TrainDynamicsConfig) -> "Path | DryRun":
     )
     pictures = "" if draw is None else f"; look at the pictures in {config.output / 'samples'}"
     say(f"wrote {model}{pictures}")
-    words = ["worldloom", "generate", "--model", str(model), "--tokenizer",
-             str(config.tokenizer or "TOKENIZER"), "--start", str(config.shards), "--actions",
-             "true", "--output", str(config.output.parent / "generated")]  # fmt: skip
+    beside = config.shards.parent / "tokenizer" / "model"
+    tokenizer = config.tokenizer or (beside if beside.is_dir() else "TOKENIZER")
+    words = ["worldloom", "generate", "--model", str(model), "--tokenizer", str(tokenizer),
+             "--start", str(config.shards), "--actions", "true",
+             "--output", str(config.output.parent / "generated")]  # fmt: skip
     say(f"next: {shlex.join(words)}")
     return model
 

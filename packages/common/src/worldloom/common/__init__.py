@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .files import atomic_folder as atomic_folder
     from .files import failpoint as failpoint
     from .files import file_sha256 as file_sha256
+    from .files import is_leftover as is_leftover
     from .files import read_json as read_json
     from .files import remove_leftovers as remove_leftovers
     from .files import storage_errors as storage_errors
@@ -92,8 +93,8 @@ __getattr__, __dir__ = lazy_exports(
             "TrainingError", "WorldloomError",
         ),
         "files": (
-            "atomic_folder", "failpoint", "file_sha256", "read_json", "remove_leftovers",
-            "storage_errors", "to_json", "write_bytes", "write_json",
+            "atomic_folder", "failpoint", "file_sha256", "is_leftover", "read_json",
+            "remove_leftovers", "storage_errors", "to_json", "write_bytes", "write_json",
         ),
         "interrupt": ("Interrupt",),
         "lazy": ("lazy_exports",),

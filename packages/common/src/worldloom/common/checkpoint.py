@@ -35,6 +35,7 @@ from .files import (
     settle_folder,
     settle_folders,
     storage_errors,
+    temporary_path,
     to_json,
     write_bytes,
 )
@@ -263,6 +264,6 @@ def _read_checked(path: Path, about: Any) -> bytes:
 
 def _remove(folder: Path) -> None:
     """Delete an old checkpoint so that a kill on the way leaves no half one under its name."""
-    doomed = folder.with_name(f"tmp-{folder.name}")
+    doomed = temporary_path(folder)
     folder.rename(doomed)
     remove_leftovers(folder.parent)

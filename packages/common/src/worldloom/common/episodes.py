@@ -34,6 +34,7 @@ from .files import (
     parse_json,
     read_json,
     storage_errors,
+    temporary_path,
     to_json,
     write_json,
 )
@@ -126,7 +127,7 @@ class EpisodeWriter:
     def __init__(self, folder: Path, key: str, /, *, spec: EpisodesSpec) -> None:
         check_key(key, where=str(folder))
         self._path = folder / f"{key}.npz"
-        self._temporary = folder / f"tmp-{key}.npz"
+        self._temporary = temporary_path(self._path)
         self._spec = spec
         self._key = key
         self._waiting: list[Frames] = []

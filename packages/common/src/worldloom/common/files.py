@@ -6,6 +6,7 @@ Every artifact of ours is written through this file, so there is one place that 
 place that the fault tests break: `failpoint`.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from typing import Any, BinaryIO, NoReturn
 from .errors import FormatError, StorageError
 
 _passes: Counter[str] = Counter()
+_LEFTOVER = re.compile(r"tmp-(old-)?\d+-.+", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -39,6 +41,16 @@ def failpoint(name: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def temporary_path(path: Path, /) -> Path:
+    """Return where what shall stand at `path` is written first: tmp-PID-NAME beside it."""
+    return path.with_name(f"tmp-{os.getpid()}-{path.name}")
+
+
+def is_leftover(name: str, /) -> bool:
+    """Return whether a name is one that `temporary_path` gives, or an old folder stepped aside."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
 @contextmanager
 def storage_errors(path: Path, *, size_bytes: int | None = None) -> Iterator[None]:
     """Turn an operating-system error inside the block into a sentence that names the path.
@@ -50,18 +62,23 @@ def storage_errors(path: Path, *, size_bytes: int | None = None) -> Iterator[Non
     try:
         yield
     except OSError as error:
-        wanted = f"{size_bytes} bytes to write, " if size_bytes is not None else ""
         raise StorageError(
-            f"{path}: {error.strerror or error} ({wanted}{_free_bytes(path)} bytes free); "
-            "nothing was left half written. Make room or mend the rights, then run the same "
-            "command again to continue."
+            f"{path}: {error.strerror or error}; nothing was left half written. "
+            f"{_cure(error, path, size_bytes)}, then run the same command again to continue."
         ) from error
 
 
-def _free_bytes(path: Path) -> int:
-    """Return the free bytes of the disk that `path` lies or would lie on."""
-    there = next((p for p in path.absolute().parents if p.is_dir()), Path.cwd())
-    return shutil.disk_usage(there).free
+def _cure(error: OSError, path: Path, size_bytes: int | None) -> str:
+    """Return what a person does about an operating system's error."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        there = next((p for p in path.absolute().parents if p.is_dir()), Path.cwd())
+        wanted = f"{size_bytes} bytes to write, " if size_bytes is not None else ""
+        return f"Make room ({wanted}{shutil.disk_usage(there).free} bytes free)"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Mend the rights, or choose a place where you may write"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        return "A file stands where a folder is wanted, or the other way round: choose another path"
+    return "See to the path and the disk"
 
 
 def fsync_folder(folder: Path) -> None:
@@ -87,7 +104,7 @@ def write_atomic(
         StorageError: if the disk refuses; the temporary file is removed, an older file at `path`
             stays as it was.
     """
-    temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    temporary = temporary_path(path)
     with storage_errors(path, size_bytes=size_bytes):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +216,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     folders in one call, so the old one steps aside for a moment; a kill in that moment leaves
     both, whole, under temporary names, and `settle_folder` finishes the exchange.
     """
-    temporary = folder.with_name(f"tmp-{os.getpid()}-{folder.name}")
+    temporary = temporary_path(folder)
     old = folder.with_name(f"tmp-old-{os.getpid()}-{folder.name}")
     with storage_errors(folder):
         settle_folder(folder)
@@ -259,12 +276,14 @@ def settle_folders(parent: Path, /) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Settle what killed processes left in a folder, then delete everything named tmp-*.
+    """Settle what killed processes left in a folder, then delete it: tmp-PID-NAME, nothing else.
 
     For the one process that writes there: what another is writing just now would go too.
     """
     settle_folders(folder)
     for leftover in folder.glob("tmp-*"):
+        if not is_leftover(leftover.name):
+            continue
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

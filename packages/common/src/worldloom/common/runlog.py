@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .config import to_plain
-from .errors import FormatError
+from .errors import ConfigError, FormatError
 from .files import (
+    is_leftover,
     parse_json,
     read_limited,
     remove_leftovers,
@@ -64,12 +65,14 @@ class RunLog:
     def __init__(self, run: Path, /, *, config: Any) -> None:
         self.run = run
         with storage_errors(run):
+            _check_run(run)
             run.mkdir(parents=True, exist_ok=True)
         # A killed training may have left a whole model behind under a temporary name.
         for folder in (run, run / "samples"):
             remove_leftovers(folder)
-        write_bytes(run / "config.toml", tomli_w.dumps(to_plain(config)).encode())
+        # First of all: the file by which a later run of the same command knows its folder.
         write_json(run / "env.json", environment())
+        write_bytes(run / "config.toml", tomli_w.dumps(to_plain(config)).encode())
         self._drop_torn_line()
 
     def say(self, text: str, /) -> None:
@@ -102,6 +105,16 @@ class RunLog:
             content = path.read_bytes() if path.exists() else b""
             if content and not content.endswith(b"\n"):
                 write_bytes(path, content[: content.rfind(b"\n") + 1])
+
+
+def _check_run(run: Path) -> None:
+    """Refuse a folder that holds something else than a run, before anything in it is touched."""
+    strangers = sorted(p.name for p in run.glob("*") if not is_leftover(p.name))
+    if strangers and "env.json" not in strangers:
+        raise ConfigError(
+            f"{run}: has {strangers[0]!r:.60} but no env.json, so it is no run directory; nothing "
+            "in it was touched. Choose another --output"
+        )
 
 
 def read_metrics(run: Path, /) -> list[dict[str, Any]]:

@@ -130,7 +130,7 @@ class DynamicsTrainingConfig:
 class SamplingConfig:
     """How codes are drawn from the model's logits."""
 
-    temperature: float = 1.0
+    temperature: float = 0.5
     """Divides the logits; 0 takes the likeliest code."""
     min_p: float = 0.1
     """Drop codes less likely than this share of the likeliest (arXiv:2407.01082); 0 keeps all."""

@@ -70,7 +70,7 @@ class KVCache:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class CacheView:
     """What one forward does with a cache: where its tokens go, and how far it sees."""
 
     cache: KVCache

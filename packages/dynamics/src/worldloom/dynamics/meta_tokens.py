@@ -2,9 +2,10 @@
 
     B  ->  tokens_BMD, M meta tokens
 
-They carry no position. In a rollout they stay in the cache for ever, as attention sinks, while
-old frames slide out. Drawn with standard deviation 0.02: genie2-pytorch starts them at zero,
-where a normalising layer divides zero by zero's length and nothing learns.
+They have no place, so they are as near to frame 5,000 as to frame 0. In a rollout they stay in the
+cache for ever, as attention sinks, while old frames slide out. Drawn with standard deviation 0.02:
+genie2-pytorch starts them at zero, where a normalising layer divides zero by zero's length and
+nothing learns.
 
 Source: Hymba (arXiv:2411.13676); attention sinks, arXiv:2309.17453.
 """

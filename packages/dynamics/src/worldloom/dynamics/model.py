@@ -35,9 +35,9 @@ from worldloom.common import (
 from .actions import ActionEmbedding
 from .code_embedding import CodeEmbedding
 from .config import DynamicsConfig
-from .kv_cache import KVCache, Window
+from .kv_cache import CacheView, KVCache
 from .meta_tokens import MetaTokens
-from .positions import Rotary, Rotation, beside, in_space, in_time, join, no_rotation, rotary
+from .positions import Rotary, Rotation, beside, in_space, in_time, join, no_place, rotary
 from .sequence import Grid, shift_before, shift_beside, sight_mask
 from .spec import DynamicsSpec
 from .transformer import Sight, Transformer
@@ -52,6 +52,8 @@ class OpenFrame:
 
     frame: int
     """Index of the latent frame in the video; the frames before it are in the cache."""
+    before_BS: Tensor
+    """Codes of the frame before."""
     fed_BSD: Tensor
     """What every token is fed, but for the code beside it."""
     turn: Rotation
@@ -137,11 +139,10 @@ class DynamicsModel(nn.Module):
         slots_BfrA = self._slots_BfrA(slots_BTA, batch, frames)
         first, no_code = self.grid.first_frame, self.spec.tokenizer.codes.vocab_size
         before_BtS = shift_before(fed_BtS, pad=no_code)
-        beside_BtS = shift_beside(fed_BtS, self.grid, pad=no_code)
         parts = [self.meta(batch)]
         if first == 0:  # no action leads to frame 0
-            parts.append(self._feed(before_BtS[:, :1], beside_BtS[:, :1], None))
-        parts.append(self._feed(before_BtS[:, 1:], beside_BtS[:, 1:], slots_BfrA))
+            parts.append(self._feed(fed_BtS[:, :1], before_BtS[:, :1], None))
+        parts.append(self._feed(fed_BtS[:, 1:], before_BtS[:, 1:], slots_BfrA))
         turn, mask_LL = self._window_constants(frames)
         out_BLD = self.transformer(torch.cat(parts, dim=1), turn, Sight(mask_LL))
         skip = self.config.num_meta_tokens + (1 - first) * self.grid.cells
@@ -153,9 +154,9 @@ class DynamicsModel(nn.Module):
         cache = KVCache.allocate(self.config, self.grid, batch=batch, device=self.device)
         num_meta = self.config.num_meta_tokens
         if num_meta:
-            turn = no_rotation(num_meta, head_dim=self.head_dim).rotation().to(self.device)
-            window = Window(cache, slice(0, num_meta), num_meta)
-            self.transformer(self.meta(batch), turn, Sight(None, window))
+            turn = no_place(num_meta, head_dim=self.head_dim).rotation().to(self.device)
+            view = CacheView(cache, slice(0, num_meta), num_meta)
+            self.transformer(self.meta(batch), turn, Sight(None, view))
         return cache
 
     def open_frame(
@@ -186,7 +187,7 @@ class DynamicsModel(nn.Module):
             shape = (self.grid.cells, cache.visible(frame))
             mask_SM = torch.ones(shape, dtype=torch.bool, device=self.device)
             mask_SM[:, cache.places(frame, 0, self.grid.cells)] = self.own_SS
-        return OpenFrame(frame, fed_BSD, turn.rotation(), mask_SM, cache)
+        return OpenFrame(frame, before_BS, fed_BSD, turn.rotation(), mask_SM, cache)
 
     def cached_logits(self, there: OpenFrame, cells: slice, codes_BS: Tensor, /) -> Tensor:
         """Return logits_BsV of some cells of a frame, and put their keys into the cache.
@@ -207,15 +208,14 @@ class DynamicsModel(nn.Module):
         """Return the tokens of some cells after all layers."""
         tokens_BsD = there.fed_BSD[:, cells]
         if self.beside is not None:
-            no_code = self.spec.tokenizer.codes.vocab_size
-            beside_BS = shift_beside(codes_BS, self.grid, pad=no_code)
+            beside_BS = shift_beside(codes_BS, there.before_BS, self.grid)
             tokens_BsD = tokens_BsD + self.beside(beside_BS[:, cells])
-        window = Window(
+        view = CacheView(
             there.cache,
             there.cache.places(there.frame, cells.start, cells.stop),
             there.cache.visible(there.frame),
         )
-        sight = Sight(None if there.mask_SM is None else there.mask_SM[cells], window)
+        sight = Sight(None if there.mask_SM is None else there.mask_SM[cells], view)
         out_BsD: Tensor = self.transformer(tokens_BsD, there.turn.of(cells), sight)
         return out_BsD
 
@@ -237,11 +237,11 @@ class DynamicsModel(nn.Module):
         )  # fmt: skip
         return rearrange(slots_BTA, "B (f r) A -> B f r A", r=self.steps_per_frame)
 
-    def _feed(self, before_BfS: Tensor, beside_BfS: Tensor, slots_BfrA: Tensor | None) -> Tensor:
+    def _feed(self, codes_BfS: Tensor, before_BfS: Tensor, slots_BfrA: Tensor | None) -> Tensor:
         """Return tokens_BLD of whole frames: the sum of what every token is fed."""
         tokens_BfSD: Tensor = self.before(before_BfS) + self.cell.weight
         if self.beside is not None:
-            tokens_BfSD = tokens_BfSD + self.beside(beside_BfS)
+            tokens_BfSD = tokens_BfSD + self.beside(shift_beside(codes_BfS, before_BfS, self.grid))
         if slots_BfrA is not None:
             tokens_BfSD = tokens_BfSD + self.actions(slots_BfrA)[:, :, None]
         return tokens_BfSD.flatten(1, 2)
@@ -260,7 +260,7 @@ class DynamicsModel(nn.Module):
         frames_L, rows_L, columns_L = self.grid.places(self.grid.first_frame, frames)
         num_meta = self.config.num_meta_tokens
         turn = join(
-            no_rotation(num_meta, head_dim=self.head_dim),
+            no_place(num_meta, head_dim=self.head_dim),
             rotary(frames_L, rows_L, columns_L, head_dim=self.head_dim),
         )
         mask_LL = sight_mask(

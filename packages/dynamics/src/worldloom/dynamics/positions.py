@@ -20,7 +20,7 @@ _BASE = 100.0
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of every token's angles, (L, K/2); tokens without a place have angle 0."""
+    """Cosines and sines of every token's angles, (L, K/2)."""
 
     cos: Tensor
     sin: Tensor
@@ -76,10 +76,17 @@ def in_space(rows_L: Tensor, columns_L: Tensor, /, *, head_dim: int) -> Rotary:
     return beside(_turns(rows_L, pairs), _turns(columns_L, pairs))
 
 
-def no_rotation(num_tokens: int, /, *, head_dim: int) -> Rotary:
-    """Return the rotation of tokens without a place: none."""
-    ones = torch.ones(num_tokens, head_dim // 2)
-    return Rotary(ones, torch.zeros_like(ones))
+def no_place(num_tokens: int, /, *, head_dim: int) -> Rotary:
+    """Return the rotation of tokens without a place, which are equally near to every frame.
+
+    Not turning them would put them at frame 0: a query of frame 5,000 would meet them at an angle
+    that no training showed. So they keep no part in the channels that turn with time.
+    """
+    spatial = 2 * _pairs_per_axis(head_dim)
+    cos = torch.cat(
+        [torch.zeros(num_tokens, head_dim // 2 - spatial), torch.ones(num_tokens, spatial)], dim=-1
+    )
+    return Rotary(cos, torch.zeros_like(cos))
 
 
 def join(first: Rotary, second: Rotary, /) -> Rotary:

@@ -69,9 +69,11 @@ def sample_codes(logits_BsV: Tensor, noise_BsV: Tensor, sampling: SamplingConfig
 def _nucleus(logits_BsV: Tensor, top_p: float) -> Tensor:
     """Return True for the fewest codes whose probabilities sum to at least top_p."""
     probs, order = logits_BsV.softmax(-1).sort(stable=True, dim=-1, descending=True)
-    # A code is dropped when the codes *above* it already reach top_p, so the likeliest survives.
+    # A code is dropped when the codes *above* it already reach top_p. The likeliest has none above
+    # it and survives, even where float32 takes top_p for 0.
     above = probs.cumsum(-1) - probs
-    return torch.zeros_like(above, dtype=torch.bool).scatter(-1, order, above < top_p)
+    keep = (above < top_p) | (above == 0)
+    return torch.zeros_like(keep).scatter(-1, order, keep)
 
 
 _WEYL = 0x1E3779B97F4A7C15

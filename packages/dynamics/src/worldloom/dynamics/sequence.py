@@ -8,7 +8,8 @@ There is one token per cell and latent frame, and it predicts that cell's code. 
 holds that code; it holds
 
     the same cell's code one latent frame before        (every order)
-    the code before it (raster) or above it (row)        of the same frame; nothing for `frame`
+    the code before it (raster) or above it (row)        nothing for `frame`; the first cells, of
+                                                         the last cells of the frame before
     the actions that lead to the frame                   r of them, A slots each
 
 which is next-token prediction with the shift written out: a cell's own place is at the token that
@@ -49,7 +50,7 @@ class Grid:
 
     @property
     def beside(self) -> int:
-        """How many cells back the code lies that a token is fed from its own frame; 0 for none."""
+        """How many cells back the code lies that a token is fed beside; 0 for none."""
         return {"raster": 1, "row": self.width, "frame": 0}[self.order]
 
     def groups(self) -> list[tuple[int, int]]:
@@ -66,15 +67,18 @@ class Grid:
         return frames_L, cells_L // self.width, cells_L % self.width
 
 
-def shift_beside(codes_BtS: Tensor, grid: Grid, /, *, pad: int) -> Tensor:
-    """Return, for every cell, the code that it is fed from its own frame.
+def shift_beside(codes_BtS: Tensor, before_BtS: Tensor, grid: Grid, /) -> Tensor:
+    """Return, for every cell, the code that it is fed from its place in the order.
 
-    Cell c gets the code of cell c - grid.beside; the first cells of a frame get `pad`.
+    Cell c gets the code of cell c - grid.beside. The first cells get those of the last cells of the
+    frame before: no other token that they see is fed these.
+
+    Args:
+        codes_BtS: codes of the frames, with any axes in front of the cells.
+        before_BtS: codes of the frame before each, from `shift_before`.
+        grid: with an order in which cells are fed codes of their own frame.
     """
-    if grid.beside == 0:
-        return torch.full_like(codes_BtS, pad)
-    padding = torch.full_like(codes_BtS[..., : grid.beside], pad)
-    return torch.cat([padding, codes_BtS[..., : -grid.beside]], dim=-1)
+    return torch.cat([before_BtS[..., -grid.beside :], codes_BtS[..., : -grid.beside]], dim=-1)
 
 
 def shift_before(codes_BtS: Tensor, /, *, pad: int) -> Tensor:

@@ -9,6 +9,7 @@ are normalised per head (arXiv:2302.05442), and values mix with the first layer'
 share (value residual, arXiv:2410.17897), which is free.
 """
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -16,20 +17,25 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from x_transformers.x_transformers import FeedForward
 
 from .config import DynamicsConfig
-from .kv_cache import Window
+from .kv_cache import CacheView
 from .positions import Rotation, rotate
+
+with warnings.catch_warnings():
+    # x-transformers 2.31 scripts a function on import, which torch 2.15 warns of; a person who
+    # trains can do nothing about it. Remove when x-transformers stops.
+    warnings.simplefilter("ignore", FutureWarning)
+    from x_transformers.x_transformers import FeedForward
 
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What the tokens of one forward may see: each other, or with a window what lies in a cache."""
+    """What the tokens of one forward may see: each other, or what lies in a cache."""
 
     mask: Tensor | None
     """(queries, keys), True where a query may see a key; None for everywhere."""
-    window: Window | None = None
+    view: CacheView | None = None
     """Where the tokens' own keys go first, and how far they see."""
 
 
@@ -68,8 +74,8 @@ class Attention(nn.Module):
         if self.value_mix is not None:
             value = torch.lerp(value, first_values, self.value_mix.sigmoid().to(value.dtype))
         query, key, heads = (part.transpose(1, 2) for part in (query, key, value))
-        if sight.window is not None:
-            key, heads = sight.window.put(self.layer, key, heads)
+        if sight.view is not None:
+            key, heads = sight.view.put(self.layer, key, heads)
         with _attention_precision(tokens_BLD):
             seen_BNLK = scaled_dot_product_attention(query, key, heads, attn_mask=sight.mask)
         added_BLD: Tensor = self.to_out(rearrange(seen_BNLK, "B N L K -> B L (N K)"))

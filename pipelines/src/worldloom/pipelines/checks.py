@@ -1,0 +1,36 @@
+"""What a command refuses before it reads: numbers too low, folders not its own."""
+
+from pathlib import Path
+
+from worldloom.common import ConfigError
+
+
+def require_at_least(low: int, settings: object, /, *names: str) -> None:
+    """Refuse settings below a bound.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value < low:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} must be at least {low}, got {value}")
+
+
+def require_own_output(output: Path, /, *, sign: str, command: str) -> None:
+    """Refuse to replace a folder that holds anything but an earlier result of the command.
+
+    Args:
+        output: the folder to write.
+        sign: the file by which an earlier result is known.
+        command: what writes such folders.
+
+    Raises:
+        ConfigError: if it holds something else, or is a file.
+    """
+    ours = (output / sign).is_file()
+    if output.exists() and not ours and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(
+            f"{output}: exists and was not written by {command}; choose another --output"
+        )

@@ -1,0 +1,236 @@
+"""Toy worlds and tiny models: the smallest inputs that can still go wrong.
+
+python toys.py SHARDS RUN NUM_STEPS     trains, for the tests that stop a process
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from worldloom.common import (
+    ActionSpec,
+    CodeSpec,
+    TokenEpisode,
+    TokenizerSpec,
+    TokenShards,
+    write_manifest,
+    write_shard,
+)
+from worldloom.dynamics import (
+    DynamicsConfig,
+    DynamicsModel,
+    DynamicsSpec,
+    DynamicsTrainingConfig,
+    train_dynamics_model,
+)
+
+STEER = ActionSpec.discrete(["stay", "up", "down", "left", "right"])
+KEYS = ActionSpec.keys(["up", "down", "left", "right"], max_keys=3)
+MOVES = np.array([[-1, 0], [1, 0], [0, -1], [0, 1]])
+ACTIONS = {
+    "none": ActionSpec.none(),
+    "discrete": STEER,
+    "keys": KEYS,
+    "multi_discrete": ActionSpec.multi_discrete([3, 2, 7], names=["move", "fire", "weapon"]),
+    "continuous": ActionSpec.continuous([-1.0, 0.0], [1.0, 9.0], names=["turn", "gas"], bins=5),
+}
+
+TRAINING = DynamicsTrainingConfig(
+    num_steps=6,
+    batch_windows=4,
+    window_frames=5,
+    learning_rate=3e-3,
+    warmup_steps=2,
+    corruption=0.2,
+    action_dropout=0.2,
+    validate_every=3,
+    checkpoint_every=3,
+    log_every=1,
+    seed=5,
+)
+
+
+def code_spec(
+    *, height: int = 3, width: int = 4, vocab_size: int = 32, frames_per_latent: int = 1
+) -> CodeSpec:
+    """Not square, so that an exchange of height and width cannot hide."""
+    return CodeSpec(
+        vocab_size=vocab_size,
+        grid_height=height,
+        grid_width=width,
+        code_dim=4,
+        frames_per_latent=frames_per_latent,
+    )
+
+
+def tokenizer_spec(codes: CodeSpec) -> TokenizerSpec:
+    """The tokenizer that could have written them."""
+    return TokenizerSpec(
+        name="toy",
+        codes=codes,
+        height=8 * codes.grid_height,
+        width=8 * codes.grid_width,
+        resize="exact",
+        fps=8.75,
+        frame_skip=4,
+        compute_dtype="float32",
+        fingerprint="0123456789abcdef" * 4,
+    )
+
+
+def codebook_VZ(codes: CodeSpec) -> np.ndarray:
+    """Some codebook."""
+    return np.random.default_rng(7).normal(size=(codes.vocab_size, codes.code_dim)).astype("f4")
+
+
+def make_model(
+    codes: CodeSpec | None = None, actions: ActionSpec = STEER, *, seed: int = 0, **sizes: object
+) -> DynamicsModel:
+    """A model in which every layer does something; fresh ones begin as identities."""
+    codes = codes or code_spec()
+    config = replace(
+        DynamicsConfig(num_layers=2, dim=32, num_heads=2, context_frames=3, num_meta_tokens=5),
+        **sizes,  # type: ignore[arg-type]
+    )
+    spec = DynamicsSpec(tokenizer=tokenizer_spec(codes), actions=actions, fps=8.75, frame_skip=4)
+    model = DynamicsModel(config, spec, codebook_VZ(codes), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def random_codes(model: DynamicsModel, frames: int, *, batch: int = 2, seed: int = 0):
+    """codes_Bthw of a model's vocabulary and grid."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = model.spec.tokenizer.codes
+    shape = (batch, *codes.codes_shape(frames))
+    return torch.randint(codes.vocab_size, shape, generator=generator)
+
+
+def random_slots(model: DynamicsModel, frames: int, *, batch: int = 2, seed: int = 0):
+    """slots_BTA of the steps between so many latent frames."""
+    rng = np.random.default_rng([seed, frames])
+    sizes = np.asarray(model.spec.actions.sizes, np.int64)
+    steps = (frames - 1) * model.steps_per_frame
+    return torch.from_numpy(rng.integers(0, sizes, (batch, steps, len(sizes))))
+
+
+def write_shards(
+    folder: Path,
+    episodes: Sequence[tuple[np.ndarray, np.ndarray]],
+    codes: CodeSpec,
+    actions: ActionSpec,
+    *,
+    held_out: int = 1,
+    per_shard: int = 4,
+) -> TokenShards:
+    """Write episodes (codes_thw, slots_TA) named e0, e1, ...; the last are for validation."""
+    folder.mkdir(parents=True)
+    rows = [
+        TokenEpisode(
+            key=f"e{number}",
+            codes_thw=codes_thw,
+            slots_TA=slots_TA,
+            num_frames=len(slots_TA) + 1,
+            split="validation" if number >= len(episodes) - held_out else "train",
+        )
+        for number, (codes_thw, slots_TA) in enumerate(episodes)
+    ]
+    records = [
+        write_shard(folder, index, rows[start : start + per_shard], codes=codes, actions=actions)
+        for index, start in enumerate(range(0, len(rows), per_shard))
+    ]
+    write_manifest(
+        folder,
+        records,
+        tokenizer=tokenizer_spec(codes),
+        actions=actions,
+        codebook_VZ=codebook_VZ(codes),
+        fps=8.75,
+        frame_skip=4,
+        metrics={},
+        source={"environment": "toy"},
+    )
+    return TokenShards(folder)
+
+
+@dataclass(frozen=True)
+class Mover:
+    """A world whose rule is known: one lit cell (code 1) on a ring of rows and columns.
+
+    With STEER one of four directions moves it, with KEYS the sum of all that are pressed.
+    """
+
+    actions: ActionSpec
+    height: int = 4
+    width: int = 4
+
+    @property
+    def codes(self) -> CodeSpec:
+        return code_spec(height=self.height, width=self.width, vocab_size=2)
+
+    def next_place(self, place: np.ndarray, slots_A: np.ndarray) -> np.ndarray:
+        """Where the lit cell goes; slot 0 is no key, and "stay"."""
+        pressed = [value - 1 for value in slots_A if value > 0]
+        return (place + MOVES[pressed].sum(0)) % (self.height, self.width)
+
+    def episode(self, num_frames: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """codes_thw and slots_TA of a walk."""
+        rng = np.random.default_rng(seed)
+        if self.actions.kind == "keys":
+            raw = np.zeros((num_frames - 1, 4), np.int64)
+            for row in raw:
+                row[rng.permutation(4)[: rng.integers(0, 4)]] = 1
+        else:
+            raw = rng.integers(0, 5, num_frames - 1)
+        slots_TA = self.actions.encode(raw)
+        place = rng.integers(0, (self.height, self.width))
+        codes_thw = np.zeros((num_frames, self.height, self.width), np.uint8)
+        for index in range(num_frames):
+            if index:
+                place = self.next_place(place, slots_TA[index - 1])
+            codes_thw[index, place[0], place[1]] = 1
+        return codes_thw, slots_TA
+
+    def write(
+        self, folder: Path, *, episodes: int, num_frames: int | tuple[int, int]
+    ) -> TokenShards:
+        """Write shards of walks; (3, 6) gives them 3, 4, 5, 6, 3, ... frames."""
+        least, most = num_frames if isinstance(num_frames, tuple) else (num_frames,) * 2
+        walks = [self.episode(least + seed % (most - least + 1), seed) for seed in range(episodes)]
+        return write_shards(folder, walks, self.codes, self.actions, held_out=max(1, episodes // 8))
+
+
+def tiny(**sizes: object) -> DynamicsConfig:
+    """The sizes of a model that trains in seconds."""
+    config = DynamicsConfig(num_layers=2, dim=32, num_heads=2, context_frames=4, num_meta_tokens=3)
+    return replace(config, **sizes)  # type: ignore[arg-type]
+
+
+def train(
+    shards: Path,
+    run: Path,
+    *,
+    model: DynamicsConfig | None = None,
+    on_validation: Callable[[DynamicsModel, int], None] | None = None,
+    **settings: object,
+) -> Path:
+    """Train a tiny model on a folder of shards."""
+    return train_dynamics_model(
+        TokenShards(shards),
+        run,
+        model=model or tiny(),
+        training=replace(TRAINING, **settings),  # type: ignore[arg-type]
+        cpu=True,
+        on_validation=on_validation,
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(Path(sys.argv[1]), Path(sys.argv[2]), num_steps=int(sys.argv[3]))
