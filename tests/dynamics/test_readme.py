@@ -1,4 +1,4 @@
-"""Promises of the package's README: its example runs as it stands, and dreams what it says."""
+"""Promises of the package's README: its example runs as it stands, and generates what it says."""
 
 import re
 from pathlib import Path

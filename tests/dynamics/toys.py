@@ -28,12 +28,12 @@ from worldloom.dynamics import (
 )
 
 STEER = ActionSpec.discrete(["stay", "up", "down", "left", "right"])
-KEYS = ActionSpec.keys(["up", "down", "left", "right"], max_keys=3)
-MOVES = np.array([[-1, 0], [1, 0], [0, -1], [0, 1]])
+KEYS = ActionSpec.keys(["down", "right"])
+MOVES = {"stay": (0, 0), "up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 ACTIONS = {
     "none": ActionSpec.none(),
     "discrete": STEER,
-    "keys": KEYS,
+    "keys": ActionSpec.keys(["up", "down", "left", "right"], max_keys=3),
     "multi_discrete": ActionSpec.multi_discrete([3, 2, 7], names=["move", "fire", "weapon"]),
     "continuous": ActionSpec.continuous([-1.0, 0.0], [1.0, 9.0], names=["turn", "gas"], bins=5),
 }
@@ -163,7 +163,7 @@ def write_shards(
 class Mover:
     """A world whose rule is known: one lit cell (code 1) on a ring of rows and columns.
 
-    With STEER one of four directions moves it, with KEYS the sum of all that are pressed.
+    With STEER one of four directions moves it, with KEYS all those that are pressed.
     """
 
     actions: ActionSpec
@@ -175,17 +175,18 @@ class Mover:
         return code_spec(height=self.height, width=self.width, vocab_size=2)
 
     def next_place(self, place: np.ndarray, slots_A: np.ndarray) -> np.ndarray:
-        """Where the lit cell goes; slot 0 is no key, and "stay"."""
-        pressed = [value - 1 for value in slots_A if value > 0]
-        return (place + MOVES[pressed].sum(0)) % (self.height, self.width)
+        """Where the lit cell goes."""
+        if self.actions.kind == "keys":
+            slots_A = slots_A[slots_A > 0] - 1  # 0 is no key
+        for value in slots_A:
+            place = place + MOVES[self.actions.names[value]]
+        return place % (self.height, self.width)
 
     def episode(self, num_frames: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """codes_thw and slots_TA of a walk."""
         rng = np.random.default_rng(seed)
         if self.actions.kind == "keys":
-            raw = np.zeros((num_frames - 1, 4), np.int64)
-            for row in raw:
-                row[rng.permutation(4)[: rng.integers(0, 4)]] = 1
+            raw = rng.integers(0, 2, (num_frames - 1, 2))
         else:
             raw = rng.integers(0, 5, num_frames - 1)
         slots_TA = self.actions.encode(raw)
