@@ -3,6 +3,8 @@
 import json
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,13 +27,18 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture
-def small_disk():
-    """Files may grow to 4,096 bytes while the test runs, as on a disk that is full."""
+@contextmanager
+def small_disk() -> Iterator[None]:
+    """Let files grow to 4,096 bytes only, as on a disk that is full.
+
+    A context and not a fixture: pytest reports while fixtures stand, perhaps into a longer file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_bytes_written_are_the_bytes_read_and_nothing_else_stays(tmp_path):
@@ -53,9 +60,9 @@ def test_an_error_inside_the_writing_leaves_the_old_file_and_no_temporary(tmp_pa
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
-def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path, small_disk):
+def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path):
     write_bytes(tmp_path / "file", b"old")
-    with pytest.raises(StorageError) as caught:
+    with pytest.raises(StorageError) as caught, small_disk():
         write_bytes(tmp_path / "file", bytes(100_000))
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'file'}: File too large; ")
@@ -66,10 +73,14 @@ def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path, small_disk
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
-def test_a_full_disk_leaves_the_old_folder_and_no_temporary(tmp_path, small_disk):
+def test_a_full_disk_leaves_the_old_folder_and_no_temporary(tmp_path):
     with atomic_folder(tmp_path / "model") as temporary:
         (temporary / "a").write_bytes(b"old")
-    with pytest.raises(StorageError, match="model"), atomic_folder(tmp_path / "model") as temporary:
+    with (
+        pytest.raises(StorageError, match="model"),
+        small_disk(),
+        atomic_folder(tmp_path / "model") as temporary,
+    ):
         (temporary / "a").write_bytes(bytes(100_000))
     assert names(tmp_path) == ["model"]
     assert (tmp_path / "model" / "a").read_bytes() == b"old"
