@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from worldloom.common import ActionSpec, EpisodesSpec, EpisodeWriter, file_sha256
-from worldloom.tokenizer import ImageTokenizer, QuantizerConfig, TokenizerConfig, Trained
+from worldloom.tokenizer import ConvTokenizer, QuantizerConfig, TokenizerConfig, Trained
 
 PUSHES = ActionSpec.discrete(["STAY", "LEFT", "RIGHT"])
 
@@ -39,17 +39,20 @@ def write_pushed_squares(folder: Path, lengths: tuple[int, ...], *, size: int = 
     return folder
 
 
-def save_tokenizer(folder: Path, *, seed: int = 0, resize: str = "stretch") -> Path:
+def save_tokenizer(
+    folder: Path, *, seed: int = 0, resize: str = "stretch", num_levels: int = 1
+) -> Path:
     """Write a tokenizer of 16x16 frames with random weights and a codebook; return its folder."""
+    kind = "residual" if num_levels > 1 else "vq"
     config = TokenizerConfig(
         height=16,
         width=16,
         resize=resize,
         widths=(8,),
         num_blocks=(1,),
-        quantizer=QuantizerConfig(vocab_size=16, code_dim=4),
+        quantizer=QuantizerConfig(kind=kind, vocab_size=16, code_dim=4, num_levels=num_levels),
     )
-    tokenizer = ImageTokenizer(config, trained=Trained(fps=8.75, frame_skip=4), seed=seed).train()
+    tokenizer = ConvTokenizer(config, trained=Trained(fps=8.75, frame_skip=4), seed=seed).train()
     frames = torch.from_numpy(np.concatenate([pushed_square(9, 900 + i)[0] for i in range(4)]))
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)  # the codebook's k-means draws from the global generator

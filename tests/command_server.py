@@ -114,7 +114,7 @@ def _serve() -> None:
     from worldloom.pipelines.commands import COMMANDS
 
     # The front doors are lazy: touch what would load the rest.
-    _ = worldloom.tokenizer.train_image_tokenizer, worldloom.dynamics.train_dynamics_model
+    _ = worldloom.tokenizer.train_conv_tokenizer, worldloom.dynamics.train_dynamics_model
     for command in COMMANDS.values():
         command.load()
     gc.collect()

@@ -14,9 +14,11 @@ SOURCE = ast.parse(Path(worldloom.common.__file__).read_text())
 PUBLIC = {
     "ActionArray", "ActionSpec", "Checkpoint", "CodeArray", "CodeSpec", "ConfigError", "Episode",
     "EpisodeWriter", "Episodes", "EpisodesSpec", "FormatError", "Frames", "Interrupt",
-    "MismatchError", "ResizeRule", "RunLog", "ShapeError", "ShardRecord", "SlotArray",
+    "MismatchError",
+    "Muon", "ResizeRule", "RunLog", "ShapeError", "ShardRecord", "SlotArray",
     "StorageError", "TokenEpisode", "TokenShards", "TokenizerSpec", "TrainingError",
-    "WorldloomError", "atomic_folder", "bind_shape", "build", "decay_groups", "derive_seed",
+    "WeightAverage", "WorldloomError", "atomic_folder", "bind_shape", "build", "decay_groups",
+    "derive_seed",
     "describe_difference", "environment", "failpoint", "file_sha256", "fingerprint",
     "finished_shard", "format_metrics", "is_leftover",
     "lazy_exports", "library_seed", "load_checkpoint",

@@ -47,10 +47,12 @@ def test_rotary_positions_computed_from_a_partial_sequence():
     codes_Bthw, slots_BTA = random_codes(model, 5), random_slots(model, 5)
     full_BfSV = model(codes_Bthw, slots_BTA)
     rollout = Rollout(model, codes_Bthw[:, :4], slots_BTA[:, :3], seeds=[0, 1], sampling=GREEDY)
-    there = model.open_frame(4, codes_Bthw[:, 3].flatten(1), slots_BTA[:, 3:], rollout._cache)
+    codes_BtSQ = codes_Bthw.flatten(2)[..., None]
+    there = model.open_frame(4, codes_BtSQ[:, 3], slots_BTA[:, 3:], rollout._cache)
     for cell in range(12):
-        logits_BsV = model.cached_logits(there, slice(cell, cell + 1), codes_Bthw[:, 4].flatten(1))
-        assert (logits_BsV[:, 0] - full_BfSV[:, 3, cell]).abs().max() < 1e-5
+        tokens_BsD = model.cached_tokens(there, slice(cell, cell + 1), codes_BtSQ[:, 4])
+        logits_BV = model.to_logits(tokens_BsD)[:, 0]
+        assert (logits_BV - full_BfSV[:, 3, cell]).abs().max() < 1e-5
 
 
 def test_inverted_variable_length_mask():

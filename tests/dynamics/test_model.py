@@ -179,20 +179,27 @@ def test_sizes_that_make_no_model_are_refused(sizes):
         make_model(**sizes)
 
 
-def test_a_codebook_of_another_shape_and_residual_codes_are_refused():
-    model = make_model()
-    with pytest.raises(ShapeError, match="codebook"):
-        DynamicsModel(model.config, model.spec, codebook_VZ(code_spec(vocab_size=31)))
-    codes = code_spec()
-    levels = type(codes)(**{**codes.to_dict(), "num_levels": 2})
-    with pytest.raises(ConfigError, match="2 residual levels"):
-        make_model(levels)
+@pytest.mark.parametrize(
+    ("num_levels", "other", "match"),
+    [
+        (1, {"vocab_size": 31}, "V is 31, must be 32"),
+        (1, {"num_levels": 2}, "3 axes, must be 2"),
+        (2, {}, "2 axes, must be 3"),
+        (2, {"num_levels": 3}, "Q is 3, must be 2"),
+    ],
+)
+def test_a_codebook_of_another_shape_is_refused(num_levels, other, match):
+    model = make_model(code_spec(num_levels=num_levels))
+    with pytest.raises(ShapeError, match=f"codebook: .*{match}"):
+        DynamicsModel(model.config, model.spec, codebook_VZ(code_spec(**other)))
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("num_meta_tokens", [0, 5])
-def test_a_saved_model_comes_back_to_the_last_bit(order, num_meta_tokens, tmp_path):
-    model = make_model(order=order, num_meta_tokens=num_meta_tokens)
+@pytest.mark.parametrize("num_levels", [1, 3])
+def test_a_saved_model_comes_back_to_the_last_bit(order, num_meta_tokens, num_levels, tmp_path):
+    codes = code_spec(num_levels=num_levels)
+    model = make_model(codes, order=order, num_meta_tokens=num_meta_tokens)
     model.save(tmp_path / "model", card="# toy")
     loaded = DynamicsModel.from_pretrained(tmp_path / "model")
     assert (loaded.spec, loaded.config) == (model.spec, model.config)
@@ -256,9 +263,19 @@ def test_a_spec_that_lies_is_refused(change):
         type(spec).from_dict(short, where="here")
 
 
-def test_the_codebook_enters_at_unit_scale_whatever_its_own_scale_is():
-    model, codes = make_model(), code_spec()
-    for factor in (1e-4, 1e4):
-        scaled = DynamicsModel(model.config, model.spec, codebook_VZ(codes) * np.float32(factor))
-        entered = scaled.before.vectors[:-1] * scaled.before.scale
-        assert entered.std(correction=0).item() == pytest.approx(1, rel=1e-4)
+@pytest.mark.parametrize("num_levels", [1, 3])
+@pytest.mark.parametrize("factor", [1e-4, 1e4])
+def test_the_codebook_enters_at_unit_scale_whatever_its_own_scale_is(num_levels, factor):
+    """Of levels, the sum of one vector each, whichever they are."""
+    codes = code_spec(num_levels=num_levels)
+    model = make_model(codes)
+    vectors_VZ = codebook_VZ(codes) * np.float32(factor)
+    scaled = DynamicsModel(model.config, model.spec, vectors_VZ)
+    scaled.before.latent_to_model = torch.nn.Identity()  # what enters it comes out
+    scaled.before.learned.weight.data = torch.zeros(len(scaled.before.vectors), codes.code_dim)
+    every = torch.cartesian_prod(*[torch.arange(32)] * num_levels).reshape(-1, num_levels)
+    assert scaled.before(every).std(correction=0).item() == pytest.approx(1, rel=1e-2)
+    summed = vectors_VZ.reshape(num_levels, 32, -1)[np.arange(num_levels), every.numpy()].sum(1)
+    entered = scaled.before(every).detach().numpy()
+    np.testing.assert_allclose(entered / scaled.before.scale.item(), summed, rtol=1e-4, atol=1e-5)
+    assert scaled.before(torch.full((num_levels,), 32)).abs().max() == 0  # no code

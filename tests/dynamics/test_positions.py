@@ -62,17 +62,18 @@ def test_angles_are_exact_at_frame_a_million():
 @torch.no_grad()
 def test_shifting_all_frames_by_5000_changes_no_logit(order):
     model = make_model(order=order)
-    codes_BtS, slots_BTA = random_codes(model, 6).flatten(2), random_slots(model, 6)
+    slots_BTA = random_slots(model, 6)
+    codes_BtSQ = random_codes(model, 6).flatten(2)[..., None]
     logits = []
     for first in (1, 5001):
         cache = replace(model.start_cache(batch=2), first_frame=first)
         for frame in range(first, first + 5):
             now = frame - first + 1
             there = model.open_frame(
-                frame, codes_BtS[:, now - 1], slots_BTA[:, now - 1 : now], cache
+                frame, codes_BtSQ[:, now - 1], slots_BTA[:, now - 1 : now], cache
             )
-            last = model.cached_logits(there, slice(0, 12), codes_BtS[:, now])
-        logits.append(last)
+            last = model.cached_tokens(there, slice(0, 12), codes_BtSQ[:, now])
+        logits.append(model.to_logits(last))
     assert (logits[0] - logits[1]).abs().max() < 1e-5
 
 
@@ -118,13 +119,17 @@ def test_every_cell_of_a_window_has_a_place_of_its_own():
 
 
 def test_a_token_is_fed_the_code_before_it_or_above_it_and_never_its_own():
-    codes_BtS = torch.arange(12).reshape(1, 2, 6)
-    pad = 99
-    before_BtS = shift_before(codes_BtS, pad=pad)
-    assert before_BtS[0].tolist() == [[pad] * 6, [0, 1, 2, 3, 4, 5]]
-    beside = {
-        order: shift_beside(codes_BtS, before_BtS, Grid(2, 3, order))[0].tolist()
+    codes_tS, pad = torch.arange(12).reshape(2, 6), 99
+    codes_BtSQ = torch.stack([codes_tS, codes_tS + 100], dim=-1)[None]
+    before_BtSQ = shift_before(codes_BtSQ, pad=pad)
+    assert before_BtSQ[0, ..., 0].tolist() == [[pad] * 6, [0, 1, 2, 3, 4, 5]]
+    fed = {
+        order: shift_beside(codes_BtSQ, before_BtSQ, Grid(2, 3, order))[0]
         for order in ("raster", "row")
     }
+    beside = {order: codes_tSQ[..., 0].tolist() for order, codes_tSQ in fed.items()}
+    for codes_tSQ in (before_BtSQ[0], *fed.values()):  # a cell's levels go together
+        missing = codes_tSQ[..., 0] == pad
+        assert torch.equal(codes_tSQ[..., 1], codes_tSQ[..., 0] + torch.where(missing, 0, 100))
     assert beside["raster"] == [[pad, 0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10]]
     assert beside["row"] == [[pad] * 3 + [0, 1, 2], [3, 4, 5, 6, 7, 8]]

@@ -11,25 +11,31 @@ from dynamics.toys import ACTIONS, code_spec, make_model, random_codes, random_s
 from torch.utils._python_dispatch import TorchDispatchMode
 from worldloom.common import FormatError, ShapeError
 from worldloom.dynamics import NULL, Rollout, SamplingConfig, generate_codes
+from worldloom.dynamics.sequence import flatten_codes
 
 ORDERS = ("raster", "row", "frame")
 GREEDY = SamplingConfig(temperature=0.0)
 
 
 @torch.no_grad()
-def cached_logits_BfSV(model, codes_Bthw, slots_BTA):
-    """The logits of frames 1 .. t-1, asked for group by group through the cache."""
+def cached_logits_BfSQV(model, codes_Bthw, slots_BTA):
+    """The logits of frames 1 .. t-1, asked for group by group and level by level by the cache."""
     r, cache = model.steps_per_frame, model.start_cache(batch=len(codes_Bthw))
-    codes_BtS, logits = codes_Bthw.flatten(2), []
-    for frame in range(model.grid.first_frame, codes_BtS.shape[1]):
+    codes_BtSQ, logits = flatten_codes("codes", codes_Bthw, model.spec.tokenizer.codes), []
+    for frame in range(model.grid.first_frame, codes_BtSQ.shape[1]):
         slots_BrA = slots_BTA[:, (frame - 1) * r : frame * r] if frame else None
-        there = model.open_frame(frame, codes_BtS[:, max(0, frame - 1)], slots_BrA, cache)
+        there = model.open_frame(frame, codes_BtSQ[:, max(0, frame - 1)], slots_BrA, cache)
         # What is not decided yet must not matter, so it is nonsense until it is.
-        known_BS = torch.full_like(codes_BtS[:, 0], 31)
+        known_BSQ = torch.full_like(codes_BtSQ[:, 0], 31)
         parts = []
         for start, stop in model.grid.groups():
-            parts.append(model.cached_logits(there, slice(start, stop), known_BS))
-            known_BS[:, start:stop] = codes_BtS[:, frame, start:stop]
+            cells = slice(start, stop)
+            tokens_BsD = model.cached_tokens(there, cells, known_BSQ)
+            levels = []
+            for level in range(codes_BtSQ.shape[-1]):
+                levels.append(model.level_logits(tokens_BsD, known_BSQ[:, cells, :level]))
+                known_BSQ[:, cells, level] = codes_BtSQ[:, frame, cells, level]
+            parts.append(torch.stack(levels, dim=2))
         logits.append(torch.cat(parts, dim=1))
     return torch.stack(logits[1 - model.grid.first_frame :], dim=1)
 
@@ -37,22 +43,27 @@ def cached_logits_BfSV(model, codes_Bthw, slots_BTA):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("r", [1, 2, 4])
 @pytest.mark.parametrize("num_meta_tokens", [0, 5])
+@pytest.mark.parametrize("num_levels", [1, 3])
 def test_cached_logits_equal_uncached_ones_long_after_the_context_has_slid(
-    order, r, num_meta_tokens
+    order, r, num_meta_tokens, num_levels
 ):
-    model = make_model(code_spec(frames_per_latent=r), order=order, num_meta_tokens=num_meta_tokens)
+    codes = code_spec(frames_per_latent=r, num_levels=num_levels)
+    model = make_model(codes, order=order, num_meta_tokens=num_meta_tokens)
     codes_Bthw, slots_BTA = random_codes(model, 14, batch=3), random_slots(model, 14, batch=3)
     # Context 3: the ring goes around four times. The full forward masks what has slid out.
-    full_BfSV = model(codes_Bthw, slots_BTA)
-    cached_BfSV = cached_logits_BfSV(model, codes_Bthw, slots_BTA)
-    assert full_BfSV.std() > 0.5
-    assert (full_BfSV - cached_BfSV).abs().max() < 1e-5
+    cached_BfSQV = cached_logits_BfSQV(model, codes_Bthw, slots_BTA)
+    full_BfSQV = model(codes_Bthw, slots_BTA).reshape(cached_BfSQV.shape)
+    assert (full_BfSQV.std((0, 1, 2, 4)) > 0.5).all()
+    assert (full_BfSQV - cached_BfSQV).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("prompt_frames", [1, 2, 3, 7])
-def test_a_greedy_rollout_takes_what_the_full_forward_finds_likeliest(order, prompt_frames):
-    model = make_model(order=order)
+@pytest.mark.parametrize("num_levels", [1, 2])
+def test_a_greedy_rollout_takes_what_the_full_forward_finds_likeliest(
+    order, prompt_frames, num_levels
+):
+    model = make_model(code_spec(num_levels=num_levels), order=order)
     slots_BTA = random_slots(model, 10)
     generated_Bthw = generate_codes(
         model,
@@ -61,15 +72,16 @@ def test_a_greedy_rollout_takes_what_the_full_forward_finds_likeliest(order, pro
         seeds=[0, 1],
         sampling=GREEDY,
     )
-    likeliest_BfS = model(generated_Bthw, slots_BTA).argmax(-1)
-    assert generated_Bthw.shape == (2, 10, 3, 4)
+    likeliest_BfN = model(generated_Bthw, slots_BTA).argmax(-1).flatten(2)
+    assert generated_Bthw.shape == (2, *model.spec.tokenizer.codes.codes_shape(10))
     made = slice(prompt_frames, None)
-    assert torch.equal(generated_Bthw.flatten(2)[:, made], likeliest_BfS[:, prompt_frames - 1 :])
+    assert torch.equal(generated_Bthw.flatten(2)[:, made], likeliest_BfN[:, prompt_frames - 1 :])
 
 
 @pytest.mark.parametrize("prompt_frames", [1, 4])
-def test_the_prompt_comes_back_untouched(prompt_frames):
-    model = make_model()
+@pytest.mark.parametrize("num_levels", [1, 2])
+def test_the_prompt_comes_back_untouched(prompt_frames, num_levels):
+    model = make_model(code_spec(num_levels=num_levels))
     prompt_Bthw = random_codes(model, prompt_frames)
     kept = prompt_Bthw.clone()
     generated_Bthw = generate(model, prompt_Bthw)
@@ -124,8 +136,9 @@ def test_another_seed_gives_other_codes_and_temperature_0_needs_none():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_world_is_the_same_alone_and_in_any_company(order):
-    model = make_model(order=order)
+@pytest.mark.parametrize("num_levels", [1, 3])
+def test_a_world_is_the_same_alone_and_in_any_company(order, num_levels):
+    model = make_model(code_spec(num_levels=num_levels), order=order)
     prompt_Bthw, slots_BTA = random_codes(model, 2, batch=5), random_slots(model, 9, batch=5)
     seeds = [3, 1, 4, 1, -5]
 
@@ -145,8 +158,9 @@ def test_a_world_is_the_same_alone_and_in_any_company(order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_snapshot_branches_a_rollout_exactly_and_more_than_once(order):
-    model = make_model(order=order)
+@pytest.mark.parametrize("num_levels", [1, 2])
+def test_a_snapshot_branches_a_rollout_exactly_and_more_than_once(order, num_levels):
+    model = make_model(code_spec(num_levels=num_levels), order=order)
     slots_BTA = random_slots(model, 20)
     rollout = Rollout(
         model, random_codes(model, 2), slots_BTA[:, :1], seeds=[7, 8], sampling=SamplingConfig()

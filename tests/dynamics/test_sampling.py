@@ -59,19 +59,20 @@ def test_temperature_0_takes_the_likeliest_code_whatever_the_noise():
     assert torch.equal(codes_Bs, logits_BsV.argmax(-1))
 
 
-@pytest.mark.parametrize("over", ["seeds", "frames", "cells"])
+@pytest.mark.parametrize("over", ["seeds", "frames", "cells", "levels"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_draws_follow_the_softmax_over_seeds_frames_and_cells(over, temperature):
     logits_V = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, 0.2])
-    number = 2_000 if over == "frames" else 20_000
+    number = 2_000 if over in ("frames", "levels") else 20_000
     if over == "seeds":
         noise_NV = keyed_gumbel(torch.arange(number), 5, slice(2, 3), 8)[:, 0]
     elif over == "cells":
         noise_NV = keyed_gumbel(torch.tensor([11]), 5, slice(0, number), 8)[0]
     else:
         seed = torch.tensor([11])
+        places = [(n, 0) if over == "frames" else (5, n) for n in range(number)]
         noise_NV = torch.cat(
-            [keyed_gumbel(seed, frame, slice(3, 4), 8)[0] for frame in range(number)]
+            [keyed_gumbel(seed, frame, slice(3, 4), 8, level=q)[0] for frame, q in places]
         )
     sampling = SamplingConfig(temperature=temperature, min_p=0.0)
     drawn_N = sample_codes(logits_V.expand(number, 8), noise_NV, sampling)
@@ -84,7 +85,16 @@ def test_the_noise_of_neighbours_is_uncorrelated():
     noise_fBsV = torch.stack(
         [keyed_gumbel(torch.arange(-8, 8), frame, slice(0, 16), 16) for frame in range(16)]
     )
-    uniform = torch.exp(-torch.exp(-noise_fBsV.double())) - 0.5
+    noise_qBsV = torch.stack(
+        [keyed_gumbel(torch.arange(-8, 8), 3, slice(0, 16), 16, level=q) for q in range(16)]
+    )
+    for noise in (noise_fBsV, noise_qBsV):
+        _assert_uncorrelated(noise)
+
+
+def _assert_uncorrelated(noise: torch.Tensor) -> None:
+    """Refuse a mean of the ranks, or a correlation along an axis, of over four sigma."""
+    uniform = torch.exp(-torch.exp(-noise.double())) - 0.5
     assert abs(uniform.mean()) < 4 * 12**-0.5 / uniform.numel() ** 0.5
     for axis in range(4):
         for lag in (1, 2, 8):
@@ -102,17 +112,31 @@ def test_noise_is_a_function_of_seed_frame_cell_and_code_and_of_nothing_else():
         assert torch.equal(alone, noise_BsV[row, 2:4, :11])
     assert torch.unique(noise_BsV.view(-1, 20), dim=0).shape[0] == 24
     assert not torch.equal(noise_BsV, keyed_gumbel(seeds_B, 8, slice(0, 6), 20))
+    assert torch.equal(noise_BsV, keyed_gumbel(seeds_B, 7, slice(0, 6), 20, level=0))
+    deep_BsV = keyed_gumbel(seeds_B, 7, slice(0, 6), 20, level=2)
+    assert torch.equal(
+        keyed_gumbel(seeds_B[1:2], 7, slice(2, 4), 11, level=2), deep_BsV[1:2, 2:4, :11]
+    )
+    assert not torch.equal(noise_BsV, deep_BsV)
+    # A cell's level and another cell's first are no more alike than two cells.
+    both = torch.cat([noise_BsV, deep_BsV, keyed_gumbel(seeds_B, 7, slice(0, 6), 20, level=1)])
+    assert torch.unique(both.view(-1, 20), dim=0).shape[0] == 3 * 24
     torch.manual_seed(123)
     assert torch.equal(noise_BsV, keyed_gumbel(seeds_B, 7, slice(0, 6), 20))
 
 
-def test_the_noise_is_the_recorded_one():
+@pytest.mark.parametrize("level", [0, 1])
+def test_the_noise_is_the_recorded_one(level):
     """Sessions are replayed from their seeds: another generator would show another world."""
-    noise_BsV = keyed_gumbel(torch.tensor([0, 42]), 3, slice(1, 3), 2)
-    assert noise_BsV.flatten().tolist() == pytest.approx(RECORDED, abs=1e-5)
+    noise_BsV = keyed_gumbel(torch.tensor([0, 42]), 3, slice(1, 3), 2, level=level)
+    assert noise_BsV.flatten().tolist() == pytest.approx(RECORDED[level], abs=1e-5)
 
 
-RECORDED = [2.965595, 1.838133, 1.5224, 0.735171, 0.484398, 1.768866, 0.90668, -0.118033]
+RECORDED = (
+    [2.965595, 1.838133, 1.5224, 0.735171, 0.484398, 1.768866, 0.90668, -0.118033],
+    [1.04356, -0.117624, -0.75266, -0.877361, 0.274048, -0.37985, 3.05955, 3.63619],
+)
+"""Of level 0, as before there were levels, and of level 1."""
 
 
 def test_noise_is_finite_over_millions_of_draws():

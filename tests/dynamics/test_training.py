@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamics.toys import KEYS, STEER, TRAINING, Mover, random_codes, random_slots, tiny, train
+from dynamics.toys import (
+    KEYS,
+    STEER,
+    TRAINING,
+    Dice,
+    Mover,
+    random_codes,
+    random_slots,
+    tiny,
+    train,
+)
 from golden import dynamics as recorded
 from worldloom.common import (
     FormatError,
@@ -84,6 +94,19 @@ def test_resuming_changes_nothing_to_the_last_bit(finished, mover_shards, tmp_pa
     train(mover_shards.folder, run)
     assert "from update 3" in (run / "log.txt").read_text()
     assert_equal_runs(finished, run)
+
+
+def test_resuming_with_levels_changes_nothing_to_the_last_bit(tmp_path):
+    shards = Dice().write(tmp_path / "shards", episodes=6, num_frames=9)
+    train(shards.folder, tmp_path / "finished")
+    run = rewind(tmp_path / "finished", tmp_path / "run")
+    train(shards.folder, run)
+    assert "from update 3" in (run / "log.txt").read_text()
+    assert_equal_runs(tmp_path / "finished", run)
+    weights = newest_checkpoint(run)[0].tensors["model"]
+    assert any(name.startswith("level_head.") for name in weights)
+    levels = [name for name in read_metrics(run)[-1] if name.endswith("_1")]
+    assert levels == ["validation_loss_1", "validation_accuracy_1"]
 
 
 def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(finished, mover_shards, tmp_path):
@@ -235,17 +258,27 @@ def test_toy_training_reproduces_its_recorded_losses():
         assert found[name] == pytest.approx(values, rel=1e-4), name
 
 
-def test_the_example_of_the_model_card_runs_as_it_stands(finished, monkeypatch):
-    card = (finished / "model" / "README.md").read_text()
+@pytest.mark.parametrize("num_levels", [1, 2])
+def test_the_example_of_the_model_card_runs_as_it_stands(
+    finished, num_levels, tmp_path, monkeypatch
+):
+    run, shape, said = finished, (1, 5, 4, 4), "cells of 2 codes."
+    if num_levels == 2:
+        shards = Dice().write(tmp_path / "shards", episodes=4, num_frames=8)
+        run = train(shards.folder, tmp_path / "run", num_steps=1).parent
+        shape, said = (1, 5, 2, 3, 2), "cells of 6 codes in each of 2 levels."
+    card = (run / "model" / "README.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    model = DynamicsModel.from_pretrained(finished / "model")
+    model = DynamicsModel.from_pretrained(run / "model")
     names = {
         "prompt": random_codes(model, 2, batch=1), "actions": random_slots(model, 5, batch=1)
     }  # fmt: skip
-    monkeypatch.chdir(finished)
+    monkeypatch.chdir(run)
     exec(example.replace("this folder", "model"), names)
-    assert names["codes"].shape == (1, 5, 4, 4)
+    assert names["codes"].shape == shape
     assert "discrete: stay, up, down, left, right" in card
+    assert said in card
+    assert f"(B, p, {', '.join(map(str, shape[2:]))}) codes" in card
 
 
 def test_every_kind_of_actions_trains(tmp_path):

@@ -54,7 +54,12 @@ TRAINING = DynamicsTrainingConfig(
 
 
 def code_spec(
-    *, height: int = 3, width: int = 4, vocab_size: int = 32, frames_per_latent: int = 1
+    *,
+    height: int = 3,
+    width: int = 4,
+    vocab_size: int = 32,
+    frames_per_latent: int = 1,
+    num_levels: int = 1,
 ) -> CodeSpec:
     """Not square, so that an exchange of height and width cannot hide."""
     return CodeSpec(
@@ -63,6 +68,7 @@ def code_spec(
         grid_width=width,
         code_dim=4,
         frames_per_latent=frames_per_latent,
+        num_levels=num_levels,
     )
 
 
@@ -82,8 +88,12 @@ def tokenizer_spec(codes: CodeSpec) -> TokenizerSpec:
 
 
 def codebook_VZ(codes: CodeSpec) -> np.ndarray:
-    """Some codebook."""
-    return np.random.default_rng(7).normal(size=(codes.vocab_size, codes.code_dim)).astype("f4")
+    """Some codebook; of levels, each with vectors half as long as those of the level before."""
+    levels = (codes.num_levels,) if codes.num_levels > 1 else ()
+    vectors = np.random.default_rng(7).normal(size=(*levels, codes.vocab_size, codes.code_dim))
+    if levels:
+        vectors *= 0.5 ** np.arange(codes.num_levels)[:, None, None]
+    return vectors.astype("f4")
 
 
 def make_model(
@@ -205,6 +215,39 @@ class Mover:
         least, most = num_frames if isinstance(num_frames, tuple) else (num_frames,) * 2
         walks = [self.episode(least + seed % (most - least + 1), seed) for seed in range(episodes)]
         return write_shards(folder, walks, self.codes, self.actions, held_out=max(1, episodes // 8))
+
+
+@dataclass(frozen=True)
+class Dice:
+    """A world that can be known in part: dice, and what their second codes make of them.
+
+    Level 0 of every cell is thrown anew in every frame; level 1 is level 0 plus the action that
+    leads to the frame, plus the number of the cell; level 2 is level 0 plus level 1.
+    """
+
+    num_levels: int = 2
+
+    @property
+    def codes(self) -> CodeSpec:
+        return code_spec(height=2, width=3, vocab_size=6, num_levels=self.num_levels)
+
+    def later_levels(self, first_thw: np.ndarray, slots_TA: np.ndarray) -> np.ndarray:
+        """codes_thwQ that level 0 and the actions make necessary; frame 0 as if after action 0."""
+        actions_t = np.concatenate([[0], slots_TA[:, 0]])
+        second_thw = (first_thw + actions_t[:, None, None] + np.arange(6).reshape(2, 3)) % 6
+        levels = [first_thw, second_thw, (first_thw + second_thw) % 6]
+        return np.stack(levels[: self.num_levels], axis=-1)
+
+    def episode(self, num_frames: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """codes_thwQ and slots_TA of a game."""
+        rng = np.random.default_rng(seed)
+        slots_TA = rng.integers(0, 5, (num_frames - 1, 1))
+        return self.later_levels(rng.integers(0, 6, (num_frames, 2, 3)), slots_TA), slots_TA
+
+    def write(self, folder: Path, *, episodes: int, num_frames: int) -> TokenShards:
+        """Write shards of games."""
+        games = [self.episode(num_frames, seed) for seed in range(episodes)]
+        return write_shards(folder, games, self.codes, STEER, held_out=max(1, episodes // 8))
 
 
 def tiny(**sizes: object) -> DynamicsConfig:

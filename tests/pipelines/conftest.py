@@ -21,7 +21,7 @@ from worldloom.common import (
 )
 from worldloom.dynamics import DynamicsConfig, DynamicsModel, DynamicsSpec
 from worldloom.pipelines.evaluate import EvaluateConfig, evaluate
-from worldloom.tokenizer import ImageTokenizer, QuantizerConfig, TokenizerConfig, Trained
+from worldloom.tokenizer import ConvTokenizer, QuantizerConfig, TokenizerConfig, Trained
 
 SQUARE_ACTIONS = ActionSpec.discrete(["STAY", "LEFT", "RIGHT"])
 
@@ -43,13 +43,13 @@ class TinyChain:
     """What every stage up to the training wrote."""
 
     folder: Path
-    tokenizer: ImageTokenizer
+    tokenizer: ConvTokenizer
     model: DynamicsModel
 
     @property
     def paths(self):
         """The settings that generate and evaluate have in common."""
-        return {"model": self.folder / "model", "tokenizer": self.folder / "tokenizer"}
+        return {"model": self.folder / "model", "tokenizer": str(self.folder / "tokenizer")}
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +67,7 @@ def _build_tokenizer(seed=0):
         num_blocks=(1,),
         quantizer=QuantizerConfig(vocab_size=16, code_dim=4),
     )
-    tokenizer = ImageTokenizer(config, trained=Trained(fps=8.75, frame_skip=4), seed=seed)
+    tokenizer = ConvTokenizer(config, trained=Trained(fps=8.75, frame_skip=4), seed=seed)
     # k-means on the first batch is what gives a codebook its entries.
     tokenizer.train()
     frames = torch.from_numpy(np.concatenate([square_episode(9, 900 + i)[0] for i in range(4)]))

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 from worldloom.common import ActionSpec, ConfigError, Episodes, FormatError, MismatchError
 from worldloom.dynamics import DynamicsModel, SamplingConfig, generate_codes
-from worldloom.pipelines import measures
+from worldloom.pipelines import evaluate_tokenizer, measures
 from worldloom.pipelines.cli import main
 from worldloom.pipelines.evaluate import EvaluateConfig, evaluate
 from worldloom.pipelines.world import World
@@ -43,6 +43,7 @@ def test_the_numbers_stand_under_their_stable_keys(evaluated):
     for group, key in (
         ("tokenizer", "psnr_db"), ("tokenizer", "moving_psnr_db"), ("tokenizer", "ssim"),
         ("tokenizer", "codes_used_fraction"), ("tokenizer", "perplexity"),
+        ("tokenizer", "code_change_rate"),
         ("dynamics", "cross_entropy"), ("dynamics", "teacher_forced_accuracy"),
         ("dynamics", "free_running_accuracy"), ("dynamics", "copy_accuracy"),
         ("rollout", "psnr_over_copy_db"), ("rollout", "delta_psnr_db"),
@@ -73,10 +74,11 @@ def test_only_held_out_episodes_count(evaluated, tiny_chain, tmp_path):
 
 def test_the_use_of_the_codebook_is_the_same_from_shards_and_from_episodes(tiny_chain):
     episodes = Episodes(tiny_chain.folder / "episodes")
-    from_shards = measures.codebook_use(
-        tiny_chain.folder / "shards", episodes, tiny_chain.tokenizer
+    from_shards, encoded = (
+        evaluate_tokenizer.codebook_use(shards, episodes, tiny_chain.tokenizer).numbers()
+        for shards in (tiny_chain.folder / "shards", None)
     )
-    assert from_shards == measures.codebook_use(None, episodes, tiny_chain.tokenizer)
+    assert from_shards == encoded
     assert 0 < from_shards["codes_used_fraction"] <= 1
     assert 1 <= from_shards["perplexity"] <= 16
 
@@ -267,6 +269,7 @@ def test_the_next_step_can_be_pasted(tiny_chain, evaluated, tmp_path, capsys):
     ("settings", "said"),
     [
         ({"batch": 0}, "--batch must be at least 1, got 0"),
+        ({"small_pixels": 0}, "--small-pixels must be at least 1, got 0"),
         ({"max_episodes": -1}, "--max-episodes must be at least 0, got -1"),
     ],
 )
@@ -293,7 +296,7 @@ def test_episodes_shorter_than_a_rollout_are_refused(tiny_chain, tmp_path):
 def test_another_tokenizer_is_refused(build_tokenizer, tiny_chain, tmp_path):
     build_tokenizer(seed=5).save(tmp_path / "other", card="other")
     with pytest.raises(MismatchError, match="fingerprint"):
-        evaluate(config(tiny_chain, tmp_path / "out", tokenizer=tmp_path / "other"))
+        evaluate(config(tiny_chain, tmp_path / "out", tokenizer=str(tmp_path / "other")))
 
 
 def test_a_folder_of_something_else_is_not_replaced(tiny_chain, tmp_path):

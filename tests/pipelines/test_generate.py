@@ -167,7 +167,7 @@ def test_another_tokenizer_is_refused_naming_both_fingerprints(
     other = build_tokenizer(seed=5)
     other.save(tmp_path / "other", card="other")
     config = GenerateConfig(
-        actions="RIGHT", model=tiny_chain.folder / "model", tokenizer=tmp_path / "other",
+        actions="RIGHT", model=tiny_chain.folder / "model", tokenizer=str(tmp_path / "other"),
         start=tiny_chain.folder / "shards", output=tmp_path / "out",
     )  # fmt: skip
     with pytest.raises(MismatchError, match=other.spec.fingerprint[:16]) as caught:

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 import tracemalloc
 
@@ -20,7 +21,12 @@ from worldloom.common import (
     TokenShards,
 )
 from worldloom.pipelines import measures
-from worldloom.pipelines.encoding import EpisodeFrames, clip_psnr, reconstructed_clips
+from worldloom.pipelines.encoding import (
+    EpisodeFrames,
+    clip_psnr,
+    encode_videos,
+    reconstructed_clips,
+)
 from worldloom.pipelines.tokenize import TokenizeConfig, tokenize
 from worldloom.tokenizer import load_tokenizer, resize_frames
 
@@ -160,23 +166,82 @@ def test_killed_at_random_times_and_run_again_it_leaves_the_files_of_an_undistur
     assert killed
 
 
-def test_sigterm_ends_with_143_and_leaves_nothing_half_written(
-    commands, words, undisturbed, tmp_path
+@pytest.mark.parametrize("begun", ["plan.json", "shard-000000.tar"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_and_leaves_nothing_half_written(
+    commands, words, undisturbed, tmp_path, number, code, begun
 ):
     wanted = hashes(undisturbed[0])
     for attempt in range(5):
         output = tmp_path / str(attempt)
         running = commands.start(*words, output)
-        while not (output / "plan.json").exists() and running.is_running():
+        while not (output / begun).exists() and running.is_running():
             time.sleep(0.001)
-        running.send(signal.SIGTERM)
+        running.send(number)
         ended = running.wait()
         if ended.code != 0:
             break
-    assert ended.code == 143, ended.err
+    assert ended.code == code, ended.err
     check_whole_or_absent(output, wanted)
     assert not list(output.glob("tmp-*"))
     check_continues(commands, words, output, wanted)
+
+
+class Reader:
+    """A video of one-frame pieces that counts how many were read."""
+
+    def __init__(self, frames_THWC):
+        self.frames_THWC, self.read = frames_THWC, 0
+
+    def __iter__(self):
+        for frame in self.frames_THWC.split(1):
+            self.read += 1
+            yield frame
+
+
+class Patient:
+    """A tokenizer that takes no frames before the next ones are read; says if it waited in vain."""
+
+    def __init__(self, tokenizer, video):
+        self.spec, self.video, self.in_vain = tokenizer.spec, video, False
+        self._session, self._pushed = tokenizer.open_encoder(), 0
+
+    def open_encoder(self):
+        return self
+
+    def push(self, frames_BTHWC):
+        self._pushed += 1
+        wanted = min(self._pushed + 1, len(self.video.frames_THWC))
+        give_up = time.monotonic() + 30
+        while self.video.read < wanted and not self.in_vain:
+            time.sleep(0.001)
+            self.in_vain = time.monotonic() > give_up
+        return self._session.push(frames_BTHWC)
+
+    def flush(self):
+        return self._session.flush()
+
+
+def test_frames_are_read_while_those_before_them_are_encoded(tokenizer_folder, episodes_folder):
+    tokenizer, episodes = load_tokenizer(tokenizer_folder), Episodes(episodes_folder)
+    with episodes.open(episodes.keys[1]) as episode:
+        frames_THWC = torch.from_numpy(episode.frames())
+    video = Reader(frames_THWC)
+    patient = Patient(tokenizer, video)
+    (codes_thw,) = encode_videos([video], [len(frames_THWC)], patient, batch=1)
+    assert not patient.in_vain
+    assert torch.equal(codes_thw, tokenizer.encode(frames_THWC[None])[0])
+
+
+def test_no_thread_outlives_it(tokenizer_folder, episodes_folder, tmp_path):
+    before = threading.active_count()
+    tokenize(
+        TokenizeConfig(
+            episodes=episodes_folder, tokenizer=str(tokenizer_folder), output=tmp_path / "shards",
+            device="cpu",
+        )
+    )  # fmt: skip
+    assert threading.active_count() == before
 
 
 def test_a_finished_folder_is_left_as_it_is(commands, words, undisturbed):
@@ -225,7 +290,7 @@ def test_another_plan_is_refused_with_the_fields_that_differ(
 def test_episodes_that_were_added_or_recorded_anew_are_another_plan(tokenizer_folder, tmp_path):
     folder = write_pushed_squares(tmp_path / "episodes", (5, 6))
     config = TokenizeConfig(
-        episodes=folder, tokenizer=tokenizer_folder, output=tmp_path / "shards", device="cpu"
+        episodes=folder, tokenizer=str(tokenizer_folder), output=tmp_path / "shards", device="cpu"
     )
     tokenize(config)
     shutil.copy(folder / "episode-000001.npz", tmp_path / "kept.npz")
@@ -246,7 +311,7 @@ def test_frames_of_another_size_follow_the_tokenizers_rule(tokenizer_folder, tmp
         tokenize(
             TokenizeConfig(
                 episodes=folder,
-                tokenizer=tokenizer_folder,
+                tokenizer=str(tokenizer_folder),
                 output=tmp_path / "shards",
                 device="cpu",
             )
@@ -263,7 +328,7 @@ def test_frames_of_another_size_are_refused_where_the_rule_is_exact(tmp_path):
     exact = save_tokenizer(tmp_path / "exact", resize="exact")
     folder = write_pushed_squares(tmp_path / "large", (9, 5), size=32)
     config = TokenizeConfig(
-        episodes=folder, tokenizer=exact, output=tmp_path / "shards", device="cpu"
+        episodes=folder, tokenizer=str(exact), output=tmp_path / "shards", device="cpu"
     )
     with pytest.raises(MismatchError, match=r"frames are 32x32.* takes 16x16 exactly"):
         tokenize(config)
@@ -291,16 +356,17 @@ def test_a_corrupt_episode_is_named_and_costs_no_finished_shard(
                     hashes(undisturbed[0]))  # fmt: skip
 
 
-def test_a_corrupt_episode_leaves_no_file_open(tmp_path, tokenizer_folder):
+def test_a_corrupt_episode_leaves_no_file_open_and_no_thread_running(tmp_path, tokenizer_folder):
     folder = write_pushed_squares(tmp_path / "episodes", (9,) * 6)
     (folder / "episode-000004.npz").write_bytes(b"no zip")
     config = TokenizeConfig(
-        episodes=folder, tokenizer=tokenizer_folder, output=tmp_path / "shards", device="cpu"
+        episodes=folder, tokenizer=str(tokenizer_folder), output=tmp_path / "shards", device="cpu"
     )
-    before = sorted(os.listdir("/proc/self/fd"))
+    before, threads = sorted(os.listdir("/proc/self/fd")), threading.active_count()
     with pytest.raises(FormatError, match="episode-000004"):
         tokenize(config)
     assert sorted(os.listdir("/proc/self/fd")) == before
+    assert threading.active_count() == threads
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_what_was_whole(
@@ -374,7 +440,7 @@ def test_memory_does_not_grow_with_the_length_of_an_episode(tmp_path, tokenizer_
                     writer.append(frame)
                 writer.finish(np.zeros(64 * pieces - 1, np.int64))
         config = TokenizeConfig(
-            episodes=folder, tokenizer=tokenizer_folder, output=folder / "shards", device="cpu"
+            episodes=folder, tokenizer=str(tokenizer_folder), output=folder / "shards", device="cpu"
         )
         tracemalloc.start()
         tokenize(config)
@@ -432,7 +498,7 @@ def test_the_hash_of_the_codes_is_the_same_whatever_the_folder_is_called(
     output = tokenize(
         TokenizeConfig(
             episodes=moved,
-            tokenizer=renamed,
+            tokenizer=str(renamed),
             output=tmp_path / "elsewhere",
             shard_episodes=2,
             device="cpu",

@@ -1,9 +1,12 @@
 """train_tokenizer.py and train_dynamics.py: killed, stopped or refused, and the dry run."""
 
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -35,7 +38,7 @@ def inputs(tmp_path_factory):
     tokenize(
         TokenizeConfig(
             episodes=folder / "episodes",
-            tokenizer=folder / "tokenizer",
+            tokenizer=str(folder / "tokenizer"),
             output=folder / "shards",
             device="cpu",
         )
@@ -218,7 +221,7 @@ def test_a_dry_run_tells_the_numbers_and_writes_nothing(
     assert 0.5 * real < int(told["checkpoint_bytes"]) <= real
     per_update = {"train-tokenizer": 2 * 3, "train-dynamics": 4 * 3 * 16}[name]
     assert int(told["items_per_update"]) == per_update
-    assert int(told["memory_bytes"]) > int(told["state_bytes"]) > int(told["parameters"]) * 16
+    assert int(told["memory_bytes"]) > int(told["state_bytes"]) > int(told["parameters"]) * 12
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -234,6 +237,72 @@ def test_a_dry_run_with_twice_the_batch_keeps_twice_the_activations(
         ended = commands.run(*lines[name], "--output", tmp_path, "--dry-run", flag, count)
         kept.append(int(re.search(r"activation_bytes (\d+)", ended.out)[1]))
     assert kept[1] == 2 * kept[0] > 0
+
+
+EVERYTHING = (
+    "--training.ema-decay", 0.9, "--training.discriminator-weight", 0.1,
+    "--training.discriminator-start", 0, "--training.accumulate", 2,
+)  # fmt: skip
+
+
+def test_a_dry_run_counts_the_average_the_discriminator_and_the_parts_of_a_batch(
+    commands, lines, tmp_path
+):
+    run = tmp_path / "run"
+    words = (*lines["train-tokenizer"], *EVERYTHING)
+    ended = commands.run(*words, "--output", run, "--dry-run")
+    assert ended.code == 0, ended.err
+    told = dict(line.split() for line in ended.out.splitlines())
+    assert not run.exists()
+    assert commands.run(*words, "--output", run).code == 0
+    latest = run / (run / "LATEST").read_text().strip()
+    real = sum(path.stat().st_size for path in latest.glob("*.safetensors"))
+    headers = 20_000
+    assert real - headers < int(told["checkpoint_bytes"]) <= real
+    (whole, part) = (
+        int(
+            re.search(
+                r"activation_bytes (\d+)",
+                commands.run(
+                    *lines["train-tokenizer"], "--output", run, "--dry-run",
+                    "--training.accumulate", parts, "--training.batch-clips", 8,
+                ).out,
+            )[1]
+        )
+        for parts in (1, 4)
+    )  # fmt: skip
+    assert whole == 4 * part
+
+
+def test_clips_that_do_not_fill_latent_frames_are_refused_before_anything_is_read(
+    commands, lines, tmp_path
+):
+    ended = commands.run(
+        *lines["train-tokenizer"], "--model.architecture", "video", "--model.temporal-stride", 4,
+        "--training.clip-frames", 8, "--episodes", tmp_path / "no", "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert ended.code == 2
+    assert "the nearest that fit are 5 and 9" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_same_command_under_torchrun_trains_in_two_processes(lines, tmp_path):
+    words = (*lines["train-tokenizer"], *EVERYTHING[:-2], "--output", tmp_path / "run")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            "-m", "worldloom.pipelines", *map(str, words), "--device", "auto",
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 process(es) on cpu" in (tmp_path / "run" / "log.txt").read_text()
+    assert [row["step"] for row in read_metrics(tmp_path / "run")][:5] == [1, 2, 3, 4, 5]
+    assert load_tokenizer(tmp_path / "run" / "model").spec.height == 16
 
 
 def test_another_tokenizer_draws_no_pictures_of_these_shards(commands, lines, tmp_path):

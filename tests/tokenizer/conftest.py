@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenizer.toys import make_tokenizer, write_toy_episodes
 from worldloom.common import Episodes
-from worldloom.tokenizer import ImageTokenizer
+from worldloom.tokenizer import ConvTokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> ImageTokenizer:
+def tokenizer() -> ConvTokenizer:
     """A tiny tokenizer in which every layer does something; do not change it."""
     return make_tokenizer()
 

@@ -10,15 +10,16 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizer.toys import train
+from tokenizer.toys import EVERYTHING, train
 from worldloom.common import read_metrics
 
 # The n-th pass of a named step; a training of four updates with two checkpoints passes them all.
+# A checkpoint is six files, a model one.
 FAILPOINTS = (
     "write:1", "fsync:2", "rename:3", "checkpoint-file:1", "checkpoint-file:3", "folder-fsync:1",
     "folder-rename:1", "checkpoint-latest:1", "rename:5", "checkpoint-file:5", "folder-fsync:2",
-    "folder-rename:2", "checkpoint-latest:2", "checkpoint-file:7", "folder-fsync:3",
-    "folder-rename:3",
+    "folder-rename:2", "checkpoint-latest:2", "checkpoint-file:7", "checkpoint-file:10",
+    "checkpoint-file:13", "folder-fsync:3", "folder-rename:3",
 )  # fmt: skip
 
 
@@ -29,7 +30,8 @@ def in_a_fork(episodes: Path, run: Path, failpoint: str = "") -> int:
         status = 1
         try:
             os.environ["WORLDLOOM_FAILPOINT"] = failpoint
-            train(episodes, run, num_steps=4, checkpoint_every=2, sample_every=2)
+            # The discriminator begins with update 2, so both checkpoints hold what it learned.
+            train(episodes, run, **EVERYTHING, num_steps=4, checkpoint_every=2, sample_every=2)
             status = 0
         finally:
             os._exit(status)

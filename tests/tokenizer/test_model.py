@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizer.toys import CONFIG, make_tokenizer, random_frames
 from worldloom.common import FormatError, MismatchError, ShapeError, save_model, to_plain
-from worldloom.tokenizer import ImageTokenizer, Trained, VideoTokenizer, to_video
+from worldloom.tokenizer import ConvTokenizer, Trained, VideoTokenizer, to_video
 
 B, T = 3, 6
 
@@ -63,8 +63,10 @@ def test_both_halves_look_into_the_past(tokenizer, frames_BTHWC, codes_Bthw):
 def test_the_training_forward_is_causal_to_the_bit(tokenizer, frames_BTHWC, k):
     edited = frames_BTHWC.clone()
     edited[:, k] = 255 - edited[:, k]
-    latents = [tokenizer.encoder(to_video(frames))[0] for frames in (frames_BTHWC, edited)]
-    videos = [tokenizer.decoder(latents_BZthw)[0] for latents_BZthw in latents]
+    latents = [
+        tokenizer.encoder(to_video(frames)).latents_BZthw for frames in (frames_BTHWC, edited)
+    ]
+    videos = [tokenizer.decoder(latents_BZthw).video_BCTHW for latents_BZthw in latents]
     for before, after in (latents, videos):
         assert torch.equal(before[:, :, :k], after[:, :, :k])
         assert not torch.equal(before[:, :, k], after[:, :, k])
@@ -73,7 +75,7 @@ def test_the_training_forward_is_causal_to_the_bit(tokenizer, frames_BTHWC, k):
 def test_the_training_forward_computes_what_encode_and_decode_do(tokenizer, frames_BTHWC):
     output = tokenizer(to_video(frames_BTHWC))
     codes_Bthw = tokenizer.encode(frames_BTHWC)
-    latents_BZthw, _ = tokenizer.encoder(to_video(frames_BTHWC))
+    latents_BZthw = tokenizer.encoder(to_video(frames_BTHWC)).latents_BZthw
     assert_equal_but_for_ties(tokenizer, latents_BZthw, output.codes_Bthw, codes_Bthw)
     decoded = tokenizer.decode(output.codes_Bthw, num_frames=T)
     assert (to_video(decoded) - output.video_BCTHW.clamp(-1, 1)).abs().max() < 1.01 / 127.5
@@ -115,7 +117,7 @@ def test_a_row_does_not_depend_on_the_other_rows(tokenizer, frames_BTHWC, codes_
 def test_a_row_alone_has_the_codes_it_has_among_others_but_for_ties(tokenizer, frames_BTHWC):
     """Other batch sizes take other kernels; only their rounding may differ."""
     together = tokenizer.encode(frames_BTHWC)
-    latents_BZthw, _ = tokenizer.encoder(to_video(frames_BTHWC))
+    latents_BZthw = tokenizer.encoder(to_video(frames_BTHWC)).latents_BZthw
     for row in range(B):
         alone = tokenizer.encode(frames_BTHWC[row : row + 1])
         rows = slice(row, row + 1)
@@ -177,10 +179,10 @@ def test_codes_that_do_not_fit_are_refused_in_a_sentence(
 
 def test_the_same_seed_makes_the_same_weights_whatever_was_drawn_before():
     torch.rand(7)
-    first = ImageTokenizer(CONFIG, trained=Trained(fps=1, frame_skip=1), seed=3)
+    first = ConvTokenizer(CONFIG, trained=Trained(fps=1, frame_skip=1), seed=3)
     torch.rand(9)
-    second = ImageTokenizer(CONFIG, trained=Trained(fps=1, frame_skip=1), seed=3)
-    other = ImageTokenizer(CONFIG, trained=Trained(fps=1, frame_skip=1), seed=4)
+    second = ConvTokenizer(CONFIG, trained=Trained(fps=1, frame_skip=1), seed=3)
+    other = ConvTokenizer(CONFIG, trained=Trained(fps=1, frame_skip=1), seed=4)
     assert first.spec.fingerprint == second.spec.fingerprint != other.spec.fingerprint
 
 
@@ -219,7 +221,7 @@ def test_every_setting_changes_the_fingerprint(tokenizer):
         {"quantizer": replace(quantizer, commitment=0.5)},
         {"quantizer": replace(quantizer, dead_code_threshold=0.2)},
     ):
-        other = ImageTokenizer(replace(CONFIG, **changes), trained=tokenizer.trained)
+        other = ConvTokenizer(replace(CONFIG, **changes), trained=tokenizer.trained)
         other.load_state_dict(weights)
         seen.add(other.eval().spec.fingerprint)
     assert len(seen) == 7
@@ -240,7 +242,7 @@ def test_the_fingerprint_follows_training_and_loading():
 
 def test_saving_and_loading_gives_the_same_tokenizer_to_the_bit(tokenizer, frames_BTHWC, tmp_path):
     tokenizer.save(tmp_path / "model", card="# A toy\n")
-    loaded = ImageTokenizer.from_pretrained(tmp_path / "model")
+    loaded = ConvTokenizer.from_pretrained(tmp_path / "model")
     assert loaded.spec == tokenizer.spec
     assert loaded.config == tokenizer.config
     mine, theirs = tokenizer.state_dict(), loaded.state_dict()
@@ -259,7 +261,7 @@ def test_a_missing_file_is_refused(tokenizer, tmp_path, name):
     tokenizer.save(tmp_path / "model", card="")
     (tmp_path / "model" / name).unlink()
     with pytest.raises(FormatError, match=f"{name}: not found"):
-        ImageTokenizer.from_pretrained(tmp_path / "model")
+        ConvTokenizer.from_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -271,7 +273,7 @@ def test_an_altered_file_is_refused(tokenizer, tmp_path, name):
     path.write_bytes(altered or content[:-1] + bytes([content[-1] ^ 1]))
     assert path.read_bytes() != content
     with pytest.raises(FormatError, match=f"{name}: altered"):
-        ImageTokenizer.from_pretrained(tmp_path / "model")
+        ConvTokenizer.from_pretrained(tmp_path / "model")
 
 
 def saved_config(tokenizer) -> dict:
@@ -306,7 +308,7 @@ def test_a_config_of_another_size_is_refused(tokenizer, tmp_path, changes, messa
     config = {**to_plain(CONFIG), **changes}
     save_with(tokenizer, tmp_path / "model", tokenizer=config)
     with pytest.raises(FormatError, match=message):
-        ImageTokenizer.from_pretrained(tmp_path / "model")
+        ConvTokenizer.from_pretrained(tmp_path / "model")
 
 
 def test_weights_of_another_training_are_refused(tokenizer, tmp_path):
@@ -314,7 +316,7 @@ def test_weights_of_another_training_are_refused(tokenizer, tmp_path):
     other = make_tokenizer(seed=1)
     save_with(other, tmp_path / "model", fingerprint=tokenizer.spec.fingerprint)
     with pytest.raises(FormatError, match="put together from two"):
-        ImageTokenizer.from_pretrained(tmp_path / "model")
+        ConvTokenizer.from_pretrained(tmp_path / "model")
 
 
 def test_a_config_without_a_field_is_refused(tokenizer, tmp_path):
@@ -322,7 +324,7 @@ def test_a_config_without_a_field_is_refused(tokenizer, tmp_path):
     with pytest.raises(
         FormatError, match="a tokenizer needs fingerprint, name, tokenizer, trained"
     ):
-        ImageTokenizer.from_pretrained(tmp_path / "model")
+        ConvTokenizer.from_pretrained(tmp_path / "model")
 
 
 def test_another_kind_of_model_is_refused(tokenizer, tmp_path):
@@ -330,7 +332,7 @@ def test_another_kind_of_model_is_refused(tokenizer, tmp_path):
         tmp_path / "model", kind="dynamics", config=saved_config(tokenizer), weights={}, card=""
     )
     with pytest.raises(MismatchError, match="holds a dynamics model, but a tokenizer is needed"):
-        ImageTokenizer.from_pretrained(tmp_path / "model")
+        ConvTokenizer.from_pretrained(tmp_path / "model")
 
 
 def test_a_folder_holds_no_machine_s_path_and_no_pickle(tokenizer, tmp_path):
@@ -348,7 +350,7 @@ def test_it_is_a_video_tokenizer_parameter_by_parameter(tokenizer):
     members = [name for name in vars(VideoTokenizer) if not name.startswith("_")]
     assert set(members) >= {"spec", "codebook", "encode", "decode", "open_encoder", "open_decoder"}
     for name in members:
-        wanted, ours = vars(VideoTokenizer)[name], inspect.getattr_static(ImageTokenizer, name)
+        wanted, ours = vars(VideoTokenizer)[name], inspect.getattr_static(ConvTokenizer, name)
         assert isinstance(ours, property) == isinstance(wanted, property), name
         if not isinstance(wanted, property):
             assert (

@@ -1,6 +1,6 @@
 """Toy episodes and tiny tokenizers: the smallest inputs that can still go wrong.
 
-python toys.py EPISODES RUN NUM_STEPS     trains, for the tests that stop a process
+python toys.py EPISODES RUN NUM_STEPS [BATCH_CLIPS]     trains, for tests that need a process
 """
 
 import sys
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from worldloom.common import ActionSpec, Episodes, EpisodesSpec, EpisodeWriter
 from worldloom.tokenizer import (
-    ImageTokenizer,
+    ConvTokenizer,
     QuantizerConfig,
     TokenizerConfig,
     TokenizerTrainingConfig,
     Trained,
-    train_image_tokenizer,
+    train_conv_tokenizer,
 )
 
 # Not square, so that an exchange of height and width cannot hide: 4 x 6 cells.
@@ -43,10 +43,21 @@ TRAINING = TokenizerTrainingConfig(
     seed=5,
 )
 
+EVERYTHING: dict[str, object] = {
+    "accumulate": 2,
+    "ema_decay": 0.9,
+    "temporal_weight": 0.2,
+    "gradient_weight": 0.5,
+    "multiscale_weight": 0.5,
+    "discriminator_weight": 0.1,
+    "discriminator_start": 0.4,
+}
+"""What training can do and is off in TRAINING; of six updates the discriminator is in four."""
 
-def make_tokenizer(config: TokenizerConfig = CONFIG, *, seed: int = 0) -> ImageTokenizer:
+
+def make_tokenizer(config: TokenizerConfig = CONFIG, *, seed: int = 0) -> ConvTokenizer:
     """A tokenizer in which every layer does something; fresh ones begin as near-identities."""
-    tokenizer = ImageTokenizer(config, trained=Trained(fps=8.75, frame_skip=4), seed=seed)
+    tokenizer = ConvTokenizer(config, trained=Trained(fps=8.75, frame_skip=4), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in tokenizer.parameters():
@@ -104,9 +115,11 @@ def train(
 ) -> Path:
     """Train on a folder of toy episodes."""
     training = replace(TRAINING, **settings)  # type: ignore[arg-type]
-    return train_image_tokenizer(Episodes(episodes), run, model=config, training=training)
+    return train_conv_tokenizer(Episodes(episodes), run, model=config, training=training)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(Path(sys.argv[1]), Path(sys.argv[2]), num_steps=int(sys.argv[3]))
+    batch_clips = int(sys.argv[4]) if len(sys.argv) > 4 else TRAINING.batch_clips
+    steps = int(sys.argv[3])
+    train(Path(sys.argv[1]), Path(sys.argv[2]), num_steps=steps, batch_clips=batch_clips)

@@ -24,7 +24,7 @@ _VARIABLES = {
     QUIET: "var(--line)",
     **{colour: f"var(--series-{number})" for number, colour in enumerate(COLOURS, start=1)},
 }
-_ON_WHITE = dict(
+ON_WHITE = dict(
     zip((INK, QUIET, *COLOURS),
         ("#23272e", "#c9ccd1", "#0b7a6f", "#b4491f", "#6b5bb5", "#8a8f98"), strict=True)
 )  # fmt: skip
@@ -77,7 +77,7 @@ def chart_svg(
 def chart_png(lines: Sequence[Line], /, *, x_label: str, y_label: str, width: float = 5.0) -> bytes:
     """Return the bytes of a PNG file: the same chart, dark on white."""
     file = io.BytesIO()
-    figure = _figure(lines, x_label, y_label, width, _ON_WHITE)
+    figure = _figure(lines, x_label, y_label, width, ON_WHITE)
     figure.savefig(file, format="png", dpi=144, facecolor="white", metadata={"Software": None})
     return file.getvalue()
 

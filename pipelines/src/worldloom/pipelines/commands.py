@@ -59,7 +59,7 @@ COMMANDS = {
             "generate", "GenerateConfig", False,
         ),
         Command(
-            "evaluate", "how true a model is, in numbers, on episodes held out",
+            "evaluate", "how true a tokenizer or a model is, in numbers",
             "evaluate", "EvaluateConfig", False,
         ),
         Command("demo", "all of the above, small, then a report", "demo", "DemoConfig", True),

@@ -125,22 +125,24 @@ def _plan(config: DemoConfig) -> list[Stage]:
     return stages
 
 
-def _paths(name: str, output: Path) -> dict[str, Path]:
+def _paths(name: str, output: Path) -> dict[str, Any]:
     """Return what a stage reads and writes."""
     episodes, shards = output / "episodes", output / "shards"
     tokenizer, dynamics = output / "tokenizer", output / "dynamics"
-    return {
+    model = str(tokenizer / "model")  # one of the things that name a tokenizer, which is a str
+    paths: dict[str, dict[str, Any]] = {
         "record": {"output": episodes},
         "train-tokenizer": {"episodes": episodes, "output": tokenizer},
-        "tokenize": {"episodes": episodes, "tokenizer": tokenizer / "model", "output": shards},
+        "tokenize": {"episodes": episodes, "tokenizer": model, "output": shards},
         "train-dynamics": {
-            "shards": shards, "tokenizer": tokenizer / "model", "output": dynamics,
+            "shards": shards, "tokenizer": model, "output": dynamics,
         },
         "evaluate": {
-            "model": dynamics / "model", "tokenizer": tokenizer / "model", "episodes": episodes,
+            "model": dynamics / "model", "tokenizer": model, "episodes": episodes,
             "shards": shards, "output": output / "evaluation",
         },
-    }[name]  # fmt: skip
+    }  # fmt: skip
+    return paths[name]
 
 
 def _product(name: str, output: Path) -> Path:
@@ -152,7 +154,8 @@ def _product(name: str, output: Path) -> Path:
         "train-dynamics": "model/config.json",
         "evaluate": "evaluation.json",
     }
-    return _paths(name, output)["output"] / last[name]
+    folder: Path = _paths(name, output)["output"]
+    return folder / last[name]
 
 
 def _read_records(output: Path) -> dict[str, StageRecord]:

@@ -6,7 +6,7 @@ Memory is measured where it can be: what the forward keeps for the backward pass
 samples, and multiplied. The rest is arithmetic.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -25,11 +25,11 @@ class DryRun:
     """Frames or tokens."""
     updates: int
     checkpoint_bytes: int
-    """One checkpoint: weights, and the optimizer's two moments of each."""
+    """One checkpoint: weights, the optimizer's moments of each, and their average if any."""
     state_bytes: int
-    """Weights, gradients and moments while training."""
+    """Weights, gradients, moments and average while training."""
     activation_bytes: int
-    """What a forward keeps for the backward pass."""
+    """What the forward of as many samples as are computed at once keeps for the backward pass."""
 
     @property
     def memory_bytes(self) -> int:
@@ -48,11 +48,15 @@ def estimate(  # noqa: PLR0913 - the two trainings differ in just these
     /,
     *,
     probe: int = 1,
+    at_once: int | None = None,
     samples: int,
     items: int,
     updates: int,
     sample: str,
     item: str,
+    moment_bytes: int | None = None,
+    beside: nn.Module | None = None,
+    averaged: bool = False,
 ) -> DryRun:
     """Measure one forward, say what training will take, and return it.
 
@@ -60,23 +64,33 @@ def estimate(  # noqa: PLR0913 - the two trainings differ in just these
         model: with fresh weights.
         forward: runs it as training does, on few samples, and returns what the loss comes from.
         probe: how many samples those are.
+        at_once: how many samples a forward of the training has; all of an update if not given.
         samples: per update.
         items: per update, counted as people count them.
         updates: in all.
         sample: what a sample is called: "clip".
         item: what an item is called: "frame".
+        moment_bytes: what the model's optimizer remembers; AdamW's two moments if not given.
+        beside: a second network that is trained with it, if any, and saved in checkpoints.
+        averaged: whether an average of the model's weights is kept.
     """
+    at_once = at_once or samples
+    networks = [model] if beside is None else [model, beside]
     parameters = [p for p in model.parameters() if p.requires_grad]
     parameter_bytes = sum(p.nbytes for p in parameters)
-    held_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    beside_bytes = 0 if beside is None else sum(p.nbytes for p in beside.parameters())
+    moment_bytes = 2 * parameter_bytes if moment_bytes is None else moment_bytes
+    held_bytes = sum(tensor.nbytes for n in networks for tensor in n.state_dict().values())
+    average_bytes = parameter_bytes if averaged else 0
+    checkpoint_bytes = held_bytes + moment_bytes + 2 * beside_bytes + average_bytes
     dry = DryRun(
         parameters=sum(p.numel() for p in parameters),
         samples_per_update=samples,
         items_per_update=items,
         updates=updates,
-        checkpoint_bytes=held_bytes + 2 * parameter_bytes,
-        state_bytes=held_bytes + 3 * parameter_bytes,
-        activation_bytes=samples * _kept_bytes(model, forward) // probe,
+        checkpoint_bytes=checkpoint_bytes,
+        state_bytes=checkpoint_bytes + parameter_bytes + beside_bytes,
+        activation_bytes=at_once * _kept_bytes(networks, forward) // probe,
     )
     say(
         f"{dry.parameters / 1e6:.1f}M parameters; {updates:,} updates of {samples} {sample}s, "
@@ -85,16 +99,16 @@ def estimate(  # noqa: PLR0913 - the two trainings differ in just these
     say(
         f"memory: about {_size(dry.memory_bytes)} while training, {_size(dry.state_bytes)} of it "
         f"weights, gradients and the optimizer's moments, {_size(dry.activation_bytes)} what a "
-        f"forward keeps for the backward pass (counted on {probe}, times {samples / probe:g}). "
+        f"forward keeps for the backward pass (counted on {probe}, times {at_once / probe:g}). "
         "Python, the libraries and what they compute with come on top"
     )
     say("nothing was trained and nothing was written: this was a dry run")
     return dry
 
 
-def _kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Return the bytes that a forward keeps for the backward pass, besides the model's own."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+def _kept_bytes(networks: Sequence[nn.Module], forward: Callable[[], Tensor]) -> int:
+    """Return the bytes that a forward keeps for the backward pass, besides the networks' own."""
+    own = {t.untyped_storage().data_ptr() for n in networks for t in n.state_dict().values()}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ frame, and what came of that is cut off again, which a causal tokenizer allows.
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import chain, groupby, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +25,8 @@ from torch import Tensor
 from worldloom.common import Episodes, Frames, MismatchError, TokenizerSpec, say
 from worldloom.tokenizer import VideoTokenizer, resize_frames
 from worldloom.tokenizer.metrics import decibels, moving_pixels, squared_error
+
+from .ahead import ahead
 
 Row = TypeVar("Row")
 
@@ -35,7 +38,7 @@ CLIP_FRAMES = 16
 
 
 def require_size(
-    size: tuple[int, int], spec: TokenizerSpec, /, *, where: Path, tokenizer: Path | None = None
+    size: tuple[int, int], spec: TokenizerSpec, /, *, where: Path, tokenizer: str | None = None
 ) -> None:
     """Refuse frames that the tokenizer does not take; say so of those that it resizes.
 
@@ -43,14 +46,14 @@ def require_size(
         size: height and width of the frames.
         spec: of the tokenizer.
         where: the file or folder that holds them.
-        tokenizer: its model directory, if that is known.
+        tokenizer: its folder or name, if that is known.
 
     Raises:
         MismatchError: naming the path and both sizes, if its rule is "exact".
     """
     if size == (spec.height, spec.width):
         return
-    whose = "the tokenizer" if tokenizer is None else f"the tokenizer in {tokenizer}"
+    whose = "the tokenizer" if tokenizer is None else f"the tokenizer {tokenizer}"
     shapes = (
         f"{where}: frames are {size[0]}x{size[1]} (height x width), but {whose} takes "
         f"{spec.height}x{spec.width}"
@@ -188,14 +191,22 @@ def _each(
     batch: int,
 ) -> list[Tensor]:
     """Put videos through a causal function of pieces, side by side; keep so much of each result."""
+
+    def pieces() -> Generator[tuple[Sequence[int], Tensor], None, None]:
+        for indices in _alike(lengths, batch):
+            with closing(_side_by_side([videos[index] for index in indices])) as stacked:
+                for piece in stacked:
+                    yield indices, piece
+
     results: dict[int, Tensor] = {}
-    for indices in _alike(lengths, batch):
-        with closing(_side_by_side([videos[index] for index in indices])) as pieces:
-            parts = [part.cpu() for part in function(pieces)]
-        # A session may hold frames back, so any part may be empty.
-        whole = torch.cat([part for part in parts if part.shape[1]], dim=1)
-        for index, row in zip(indices, whole, strict=True):
-            results[index] = row[: kept[index]]
+    # One stream of all groups' pieces: a group's first is read while the one before is encoded.
+    with closing(ahead(pieces())) as read:
+        for indices, group in groupby(read, key=itemgetter(0)):
+            parts = [part.cpu() for part in function(piece for _, piece in group)]
+            # A session may hold frames back, so any part may be empty.
+            whole = torch.cat([part for part in parts if part.shape[1]], dim=1)
+            for index, row in zip(indices, whole, strict=True):
+                results[index] = row[: kept[index]]
     return [results[index] for index in range(len(videos))]
 
 

@@ -136,7 +136,7 @@ def _hold(world: World, start: RolloutStart, plan: Plan, num_frames: int, /) -> 
     slots_BTA = torch.cat([given_TA.expand(len(actions), -1, -1), held], dim=1)
     codes_Bthw = generate_codes(
         world.model,
-        prompt_thw.expand(len(actions), -1, -1, -1),
+        prompt_thw.expand(len(actions), *prompt_thw.shape),
         slots_BTA,
         seeds=[plan.seed] * len(actions),
         sampling=world.sampling,

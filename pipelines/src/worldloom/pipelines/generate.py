@@ -51,8 +51,8 @@ class GenerateConfig:
     those of the episode, which draws the true frames beside; or `random` or `sticky`."""
     model: Path
     """Model directory that train-dynamics wrote."""
-    tokenizer: Path
-    """Model directory of the tokenizer that wrote the model's shards."""
+    tokenizer: str
+    """The tokenizer that wrote the model's shards, named as `worldloom tokenize` takes it."""
     start: Path
     """Where it starts: a folder of token shards, a folder of episodes, or a picture."""
     output: Path
@@ -127,7 +127,7 @@ def generate(config: GenerateConfig) -> Path:
 def _another(config: GenerateConfig) -> list[str]:
     """Return the command for another future of the same start: other actions, or another seed."""
     words = ["worldloom", "generate", "--model", str(config.model), "--tokenizer",
-             str(config.tokenizer), "--start", str(config.start)]  # fmt: skip
+             config.tokenizer, "--start", str(config.start)]  # fmt: skip
     for name, usual in (("episode", "0"), ("start_frame", 0), ("prompt_frames", 4)):
         value = getattr(config, name)
         if value != usual:

@@ -298,18 +298,27 @@ def _demo(folder: Path, verify: bool) -> dict[str, Any]:
 def _evaluation(folder: Path, _verify: bool) -> dict[str, Any]:
     """Describe an evaluation by its numbers; it has no hashes to verify."""
     # Here and not above: a command's help loads no other command's module.
-    from .evaluate import EVALUATION_SCHEMA
+    from .evaluate import EVALUATION_SCHEMA, TOKENIZER_EVALUATION_SCHEMA
 
-    content = _read_schema(folder / "evaluation.json", EVALUATION_SCHEMA)
-    groups = ("tokenizer", "dynamics", "rollout", "play", "settings")
+    path = folder / "evaluation.json"
+    groups_of = {
+        EVALUATION_SCHEMA: ("tokenizer", "dynamics", "rollout", "play", "settings"),
+        TOKENIZER_EVALUATION_SCHEMA: ("tokenizer", "perceptual", "speed", "settings"),
+    }
+    content = _read_schema(path, *groups_of)
+    groups = groups_of[content["schema"]]
     for group in groups:
         if not isinstance(content.get(group), dict):
             raise FormatError(
-                f"{folder / 'evaluation.json'}: lacks the numbers of {group}; run `worldloom "
-                "evaluate` again"
+                f"{path}: lacks the numbers of {group}; run `worldloom evaluate` again"
             )
     pictures = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".gif"))
-    return {**{group: content[group] for group in groups}, "pictures": pictures, "verified": False}
+    return {
+        "judged": "a tokenizer alone" if "speed" in groups else "a model and its tokenizer",
+        **{group: content[group] for group in groups},
+        "pictures": pictures,
+        "verified": False,
+    }
 
 
 def _generated(folder: Path, verify: bool) -> dict[str, Any]:
@@ -344,12 +353,13 @@ def _generated(folder: Path, verify: bool) -> dict[str, Any]:
     return {**about, "verified": verify}
 
 
-def _read_schema(path: Path, schema: str) -> dict[str, Any]:
-    """Return the JSON object in a file that must have exactly this schema."""
-    content = read_json(path, what=f"a file of schema {schema}")
-    if content.get("schema") != schema:
+def _read_schema(path: Path, *schemas: str) -> dict[str, Any]:
+    """Return the JSON object in a file that must have exactly one of these schemas."""
+    wanted = " or ".join(schemas)
+    content = read_json(path, what=f"a file of schema {wanted}")
+    if content.get("schema") not in schemas:
         raise FormatError(
-            f"{path}: expected schema {schema}, found {content.get('schema')!r}; it is another "
+            f"{path}: expected schema {wanted}, found {content.get('schema')!r}; it is another "
             "version's, or not of worldloom"
         )
     return content
@@ -410,21 +420,41 @@ def _actions(spec: ActionSpec, slots: Iterable[SlotArray]) -> dict[str, Any]:
 
 
 def _code_usage(shards: TokenShards) -> dict[str, Any]:
-    """Count codes: all of them, or those of episodes spread evenly, if there are very many."""
+    """Count codes: all of them, or those of episodes spread evenly, if there are very many.
+
+    Every level of a residual tokenizer has a codebook of its own, so each is counted by itself, and
+    "levels" has the numbers of each. Those above are of all: the codes used of all codebooks, and
+    the geometric mean of the perplexities.
+    """
     total = sum(row.codes_bytes for row in shards.episodes)
     stride = max(1, -(-total // (_COUNTED_CODES * np.dtype(shards.codes.dtype).itemsize)))
     counted = range(0, len(shards.episodes), stride)
-    counts = np.zeros(shards.codes.vocab_size, np.int64)
+    depth, vocab_size = shards.codes.num_levels, shards.codes.vocab_size
+    counts_QV = np.zeros((depth, vocab_size), np.int64)
     for index in counted:
-        counts += np.bincount(shards.codes_thw(index).reshape(-1), minlength=len(counts))
-    share: npt.NDArray[np.float64] = counts[counts > 0] / max(1, counts.sum())
-    return {
-        "vocab_size": len(counts),
-        "codes_used": int((counts > 0).sum()),
-        "codes_used_fraction": float((counts > 0).mean()),
-        "perplexity": float(np.exp(-(share * np.log(share)).sum())),
+        codes_NQ = shards.codes_thw(index).reshape(-1, depth)
+        for level in range(depth):
+            counts_QV[level] += np.bincount(codes_NQ[:, level], minlength=vocab_size)
+    entropies = [_entropy(counts_V) for counts_V in counts_QV]
+    about = {
+        "vocab_size": vocab_size,
+        "codes_used": int((counts_QV > 0).sum()),
+        "codes_used_fraction": float((counts_QV > 0).mean()),
+        "perplexity": math.exp(sum(entropies) / depth),
         "episodes_counted": len(counted),
     }
+    levels = {
+        "codes_used": (counts_QV > 0).sum(1).tolist(),
+        "codes_used_fraction": (counts_QV > 0).mean(1).tolist(),
+        "perplexity": [math.exp(entropy) for entropy in entropies],
+    }
+    return {**about, "levels": levels} if depth > 1 else about
+
+
+def _entropy(counts_V: npt.NDArray[np.int64]) -> float:
+    """Return the entropy, in nats, of how often each code occurs."""
+    share: npt.NDArray[np.float64] = counts_V[counts_V > 0] / max(1, counts_V.sum())
+    return float(-(share * np.log(share)).sum())
 
 
 def _files(folder: Path, table: Any, verify: bool) -> dict[str, int]:

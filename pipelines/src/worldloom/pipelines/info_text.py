@@ -61,7 +61,10 @@ def _value(key: str, value: Any) -> str | None:
         inner = [f"{_label(k)} {_value(k, v)}" for k, v in value.items()] if small else []
         return ", ".join(inner) if small else None
     if isinstance(value, list):
-        return ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
+        share = key.endswith("_fraction")
+        return ", ".join(
+            f"{v:.1%}" if share else f"{v:.4g}" if isinstance(v, float) else str(v) for v in value
+        )
     if value is None or isinstance(value, bool):
         return {None: "", False: "no", True: "yes"}[value]
     if isinstance(value, str):

@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,17 +23,17 @@ from worldloom.common import (
     Episodes,
     FormatError,
     SlotArray,
-    TokenShards,
     derive_seed,
     numpy_stream,
     progress,
 )
 from worldloom.dynamics import generate_codes
-from worldloom.tokenizer import VideoTokenizer, usage
-from worldloom.tokenizer.metrics import decibels, squared_error, ssim
+from worldloom.tokenizer import VideoTokenizer
+from worldloom.tokenizer.metrics import decibels, squared_error
 
+from . import evaluate_tokenizer
 from .action_sources import random_actions
-from .encoding import CLIP_FRAMES, batches, clip_psnr, decode_videos, encode_videos, fit
+from .encoding import CLIP_FRAMES, batches, decode_videos, encode_videos, fit
 from .world import World
 
 _SIDE_BY_SIDE = 16
@@ -124,9 +123,9 @@ def read_held_out(
     ]
 
 
-def reconstruction(held_out: Sequence[HeldOut], /) -> dict[str, Any]:
-    """Return PSNR, PSNR of what moves, and SSIM (None where frames are smaller than its window)."""
-    clips = [
+def reconstruction(held_out: Sequence[HeldOut], /, *, narrower_than: int = 5) -> dict[str, Any]:
+    """Return how true held-out episodes are, decoded; see `evaluate_tokenizer.reconstruction`."""
+    clips = (
         pair
         for episode in held_out
         for pair in zip(
@@ -134,47 +133,8 @@ def reconstruction(held_out: Sequence[HeldOut], /) -> dict[str, Any]:
             torch.split(episode.decoded_THWC, CLIP_FRAMES),
             strict=True,
         )
-    ]
-    large = min(held_out[0].frames_THWC.shape[1:3]) >= 11
-    similarities = [
-        (ssim(true[None], decoded[None]), len(true)) for true, decoded in clips if large
-    ]
-    frames = sum(count for _, count in similarities)
-    return {
-        **clip_psnr(clips),
-        "ssim": sum(value * count for value, count in similarities) / frames if frames else None,
-        "num_frames": sum(len(episode.frames_THWC) for episode in held_out),
-    }
-
-
-def codebook_use(
-    shards: Path | None, episodes: Episodes, tokenizer: VideoTokenizer, /
-) -> dict[str, Any]:
-    """Return how much of the codebook one pass over every episode uses.
-
-    Raises:
-        MismatchError: if the shards are another tokenizer's.
-    """
-    if shards is not None:
-        tokens = TokenShards(shards)
-        tokenizer.spec.require(tokens.tokenizer, here="the tokenizer", there=str(shards))
-        parts = [
-            torch.from_numpy(tokens.codes_thw(index).astype(np.int64)).flatten()
-            for index in range(len(tokens.episodes))
-        ]
-    else:
-        parts = []
-        for keys in progress(list(batches(episodes.keys, _SIDE_BY_SIDE)), "encoding episodes"):
-            frames = [_read(episodes, key, tokenizer)[0] for key in keys]
-            encoded = encode_videos(
-                [[frames_THWC] for frames_THWC in frames],
-                [len(frames_THWC) for frames_THWC in frames],
-                tokenizer,
-                batch=_SIDE_BY_SIDE,
-            )
-            parts += [codes_thw.flatten() for codes_thw in encoded]
-    used, perplexity = usage(torch.cat(parts), tokenizer.spec.codes.vocab_size)
-    return {"codes_used_fraction": used, "perplexity": perplexity}
+    )
+    return evaluate_tokenizer.reconstruction(clips, narrower_than=narrower_than)
 
 
 @torch.inference_mode()
@@ -182,7 +142,8 @@ def given_the_past(world: World, held_out: Sequence[HeldOut], batch: int, /) -> 
     """Return cross-entropy and accuracy of every held-out frame's codes, given the true past.
 
     Windows of the model's context, end to end: every frame but an episode's first is predicted
-    once, from at most context - 1 frames before it.
+    once, from at most context - 1 frames before it. Where cells have levels every code counts by
+    itself, given the true ones below it, and "levels" has the numbers of each level.
     """
     model, r = world.model, world.steps_per_latent
     length = model.config.context_frames
@@ -193,23 +154,35 @@ def given_the_past(world: World, held_out: Sequence[HeldOut], batch: int, /) -> 
             stop = first + len(codes_thw) - 1
             slots_TA = _padded(episode.slots_TA, (len(episode.codes_thw) - 1) * r)
             windows[len(codes_thw)].append((codes_thw, slots_TA[first * r : stop * r]))
-    nats = right = count = 0.0
+    depth = model.spec.tokenizer.codes.num_levels
+    nats_Q, right_Q = torch.zeros(2, depth, dtype=torch.float64)
+    count = 0
     for group in windows.values():
         for rows in batches(group, batch):
             codes_Bthw = torch.stack([codes for codes, _ in rows]).to(model.device)
             slots_BTA = torch.stack([slots for _, slots in rows]).to(model.device)
             logits_NV = model(codes_Bthw, slots_BTA).float().flatten(0, -2)
             targets_N = codes_Bthw[:, 1:].flatten()
-            nats += float(cross_entropy(logits_NV, targets_N, reduction="sum"))
-            right += float((logits_NV.argmax(-1) == targets_N).sum())
-            count += targets_N.numel()
-    return {"cross_entropy": nats / count, "teacher_forced_accuracy": right / count}
+            nats_N = cross_entropy(logits_NV, targets_N, reduction="none")
+            right_N = logits_NV.argmax(-1) == targets_N
+            nats_Q += nats_N.reshape(-1, depth).sum(0).cpu()
+            right_Q += right_N.reshape(-1, depth).sum(0).cpu()
+            count += targets_N.numel() // depth
+    each = {
+        "cross_entropy": (nats_Q / count).tolist(),
+        "teacher_forced_accuracy": (right_Q / count).tolist(),
+    }
+    means = {name: sum(values) / depth for name, values in each.items()}
+    return {**means, "levels": each} if depth > 1 else means
 
 
 def first_frames(
     world: World, held_out: Sequence[HeldOut], plan: Plan, /, *, count: int
 ) -> dict[str, Any]:
-    """Return the share of right codes in the first sampled frame, and in the frame before it."""
+    """Return the share of right codes in the first sampled frame, and in the frame before it.
+
+    Where cells have levels every code counts by itself.
+    """
     starts = find_starts(
         held_out,
         frames=plan.prompt_frames + 1,

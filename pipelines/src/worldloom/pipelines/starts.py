@@ -45,7 +45,7 @@ class Start:
     """A prompt, and what truly happened after it."""
 
     codes_thw: torch.Tensor
-    """int64, the prompt's latent frames."""
+    """int64, the prompt's latent frames; (t, h, w, Q) where cells have levels."""
     slots_TA: SlotArray
     """The r (t - 1) actions between them."""
     true_slots_TA: SlotArray

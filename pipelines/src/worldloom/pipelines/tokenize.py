@@ -3,24 +3,28 @@
     worldloom tokenize --episodes runs/doom/episodes --tokenizer runs/doom/tokenizer/model \
         --output runs/doom/shards
 
-reads EPISODES and a tokenizer's model directory; writes SHARDS/{plan.json, shard-%06d.tar,
-shard-%06d.json, codebook.safetensors, manifest.json} (docs/formats.md). The unit of work is a
-shard: the plan decides which episodes it holds, and which of them are encoded side by side, before
-anything is encoded. So a shard's bytes do not depend on what happened to the others.
+reads EPISODES and a tokenizer (a model directory, or the name of a class: docs/tokenizers.md);
+writes SHARDS/{plan.json, shard-%06d.tar, shard-%06d.json, codebook.safetensors, manifest.json}
+(docs/formats.md). The unit of work is a shard: the plan decides which episodes it holds, and which
+of them are encoded side by side, before anything is encoded. So a shard's bytes do not depend on
+what happened to the others.
 """
 
 import shlex
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worldloom.common import (
+    CodeArray,
     ConfigError,
     Episodes,
     FormatError,
     MismatchError,
+    ShardRecord,
     TokenEpisode,
     TokenizerSpec,
     TokenShards,
@@ -52,8 +56,9 @@ class TokenizeConfig:
 
     episodes: Path
     """Folder of episodes."""
-    tokenizer: Path
-    """Model directory of the tokenizer, as `worldloom train-tokenizer` writes it."""
+    tokenizer: str
+    """Model directory of the tokenizer, as `worldloom train-tokenizer` writes it; or an installed
+    name such as `patch`, or `module:Class`, or `module:Class=FOLDER` (docs/tokenizers.md)."""
     output: Path
     """Folder for the shards; finished ones are never redone."""
     shard_episodes: int = 64
@@ -75,7 +80,6 @@ def tokenize(config: TokenizeConfig) -> Path:
     from worldloom.tokenizer import load_tokenizer
 
     from .devices import choose_device
-    from .encoding import batches
 
     tokenizer = load_tokenizer(config.tokenizer, device=choose_device(config.device))
     _check_frames(config, episodes, tokenizer.spec)
@@ -83,23 +87,17 @@ def tokenize(config: TokenizeConfig) -> Path:
     if _is_finished(config.output):
         say(f"{config.output}: finished before, nothing to do")
         return config.output
-    remove_leftovers(config.output)
-    units = list(batches(episodes.keys, config.shard_episodes))
-    shards = [finished_shard(config.output, index) for index in range(len(units))]
-    pending = [index for index, record in enumerate(shards) if record is None]
-    kept = len(units) - len(pending)
-    for index in progress(pending, "encoding shards", total=len(units), done=kept):
-        shards[index] = write_shard(
-            config.output,
-            index,
-            _encode(tokenizer, episodes, units[index], config.batch_episodes),
-            codes=tokenizer.spec.codes,
-            actions=episodes.spec.actions,
-        )
+    shards, kept = encode_shards(
+        tokenizer,
+        episodes,
+        config.output,
+        shard_episodes=config.shard_episodes,
+        batch_episodes=config.batch_episodes,
+    )
     metrics = _measure(tokenizer, episodes, config.batch_episodes)
     write_manifest(
         config.output,
-        [record for record in shards if record is not None],
+        shards,
         tokenizer=tokenizer.spec,
         actions=episodes.spec.actions,
         codebook_VZ=tokenizer.codebook.cpu().numpy(),
@@ -108,8 +106,48 @@ def tokenize(config: TokenizeConfig) -> Path:
         metrics=metrics,
         source={"episodes": dict(episodes.spec.source), "plan": plan},
     )
-    _say_what_was_written(config, len(episodes.keys), len(units), kept, metrics)
+    _say_what_was_written(config, len(episodes.keys), len(shards), kept, metrics)
     return config.output
+
+
+def encode_shards(
+    tokenizer: "VideoTokenizer",
+    episodes: Episodes,
+    output: Path,
+    /,
+    *,
+    shard_episodes: int,
+    batch_episodes: int,
+) -> tuple[list[ShardRecord], int]:
+    """Write the shards that are not there yet; return those of all shards, and how many were.
+
+    Frames are read and resized in one thread and a finished shard is written in another, both
+    while the tokenizer works on what is in between.
+    """
+    from .encoding import batches
+
+    remove_leftovers(output)
+    units = list(batches(episodes.keys, shard_episodes))
+    before = [finished_shard(output, index) for index in range(len(units))]
+    found = {index: record for index, record in enumerate(before) if record is not None}
+    kept = len(found)
+    pending = [index for index in range(len(units)) if index not in found]
+    writes: dict[int, Future[ShardRecord]] = {}
+    with ThreadPoolExecutor(1, thread_name_prefix="shards") as thread:
+        for index in progress(pending, "encoding shards", total=len(units), done=kept):
+            codes = _encode(tokenizer, episodes, units[index], batch_episodes)
+            for write in writes.values():
+                write.result()  # one shard waits at most, and an error ends the run
+            writes[index] = thread.submit(
+                write_shard,
+                output,
+                index,
+                _token_episodes(episodes, codes),
+                codes=tokenizer.spec.codes,
+                actions=episodes.spec.actions,
+            )
+    found |= {index: write.result() for index, write in writes.items()}
+    return [found[index] for index in range(len(units))], kept
 
 
 def _check_frames(config: TokenizeConfig, episodes: Episodes, spec: TokenizerSpec) -> None:
@@ -173,25 +211,28 @@ def _is_finished(folder: Path) -> bool:
 
 def _encode(
     tokenizer: "VideoTokenizer", episodes: Episodes, keys: Sequence[str], batch_episodes: int
-) -> Iterator[TokenEpisode]:
-    """Yield the episodes of one shard, encoded, in the order of their keys."""
+) -> dict[str, CodeArray]:
+    """Return the codes of the episodes of one shard, by their keys, in order."""
     from .encoding import EpisodeFrames, encode_videos
 
-    lengths = _lengths(episodes, keys)
     videos = [EpisodeFrames(episodes, key, tokenizer.spec) for key in keys]
-    encoded = encode_videos(videos, lengths, tokenizer, batch=batch_episodes)
+    encoded = encode_videos(videos, _lengths(episodes, keys), tokenizer, batch=batch_episodes)
     dtype = tokenizer.spec.codes.dtype
-    codes = {
+    return {
         key: codes_thw.numpy().astype(dtype) for key, codes_thw in zip(keys, encoded, strict=True)
     }
-    for key, num_frames in zip(keys, lengths, strict=True):
+
+
+def _token_episodes(episodes: Episodes, codes: dict[str, CodeArray]) -> Iterator[TokenEpisode]:
+    """Yield the encoded episodes of one shard with what else belongs to them."""
+    for key, codes_thw in codes.items():
         with episodes.open(key) as episode:
             where = str(episodes.folder / f"{key}.npz")
             yield TokenEpisode(
                 key=key,
-                codes_thw=codes.pop(key),
+                codes_thw=codes_thw,
                 slots_TA=episodes.spec.actions.encode(episode.actions, where=where),
-                num_frames=num_frames,
+                num_frames=episode.num_frames,
                 split=episodes.split_of(key),
                 metadata=episode.metadata,
             )
@@ -238,5 +279,5 @@ def _say_what_was_written(
     )
     dynamics = config.output.parent / "dynamics"
     words = ["worldloom", "train-dynamics", "--shards", str(config.output), "--tokenizer",
-             str(config.tokenizer), "--output", str(dynamics)]  # fmt: skip
+             config.tokenizer, "--output", str(dynamics)]  # fmt: skip
     say(f"next: {shlex.join(words)}")

@@ -33,8 +33,9 @@ class TrainDynamicsConfig:
     """Folder of token shards, as `worldloom tokenize` writes it; nothing else is needed."""
     output: Path
     """Run directory; the model itself is in its folder model/."""
-    tokenizer: Path | None = None
-    """Model directory of the shards' tokenizer, if validation shall also draw pictures."""
+    tokenizer: str | None = None
+    """The shards' tokenizer, named as `worldloom tokenize` takes it, if validation shall also draw
+    pictures."""
     cpu: bool = False
     """Stay on the CPU even where there is a GPU."""
     dry_run: bool = False
@@ -74,7 +75,7 @@ def train_dynamics(config: TrainDynamicsConfig) -> "Path | DryRun":
 
 
 def _painter(
-    config: TrainDynamicsConfig, shards: TokenShards, tokenizer_folder: Path
+    config: TrainDynamicsConfig, shards: TokenShards, tokenizer_name: str
 ) -> Callable[["DynamicsModel", int], None]:
     """Return what draws true frames above generated ones, from held-out windows."""
     import torch
@@ -84,8 +85,8 @@ def _painter(
     from worldloom.dynamics import SamplingConfig, Windows, generate_codes
     from worldloom.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(tokenizer_folder)
-    tokenizer.spec.require(shards.tokenizer, here=str(tokenizer_folder), there=str(config.shards))
+    tokenizer = load_tokenizer(tokenizer_name)
+    tokenizer.spec.require(shards.tokenizer, here=tokenizer_name, there=str(config.shards))
     windows = Windows(
         shards,
         "validation" if shards.split("validation") else "train",
@@ -152,7 +153,7 @@ def _dry_run(config: TrainDynamicsConfig, shards: TokenShards) -> "DryRun":
         dynamics,
         forward,
         samples=training.batch_windows,
-        items=training.batch_windows * (t - 1) * codes.cells,
+        items=training.batch_windows * (t - 1) * codes.cells * codes.num_levels,
         updates=training.num_steps,
         sample="window",
         item="predicted token",

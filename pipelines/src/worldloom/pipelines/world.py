@@ -36,9 +36,9 @@ class World:
 
     @classmethod
     def from_pretrained(
-        cls, model: Path, tokenizer: Path, /, *, sampling: SamplingConfig, device: str = "cpu"
+        cls, model: Path, tokenizer: Path | str, /, *, sampling: SamplingConfig, device: str = "cpu"
     ) -> Self:
-        """Load both model directories.
+        """Load a model directory and its tokenizer, named as `load_tokenizer` takes it.
 
         Raises:
             FormatError: if one is missing or damaged.
@@ -58,7 +58,7 @@ class World:
         """Start from a prompt; return its frames_THWC as the decoder sees them.
 
         Args:
-            codes_thw: int64, one latent frame or more.
+            codes_thw: int64, one latent frame or more; (t, h, w, Q) where cells have levels.
             slots_TA: the r (t - 1) actions between them.
             seed: all randomness of what follows.
         """
@@ -73,7 +73,7 @@ class World:
         return self._decoder.push(codes_thw[None])[0].cpu().numpy()
 
     def step(self, slots_rA: SlotArray, /) -> tuple[Frames, torch.Tensor]:
-        """Do these r actions; return the r frames_THWC they lead to, and their codes_hw.
+        """Do these r actions; return the r frames_THWC they lead to, and their codes_hw (or hwQ).
 
         Raises:
             FormatError: if an action is not one of the model's; nothing happened.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .config import partial as partial
     from .config import read_toml as read_toml
     from .config import to_plain as to_plain
+    from .ema import WeightAverage as WeightAverage
     from .episodes import Episode as Episode
     from .episodes import Episodes as Episodes
     from .episodes import EpisodesSpec as EpisodesSpec
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from .files import write_bytes as write_bytes
     from .files import write_json as write_json
     from .interrupt import Interrupt as Interrupt
+    from .muon import Muon as Muon
     from .npy import npy_array as npy_array
     from .npy import npy_bytes as npy_bytes
     from .optimizer import decay_groups as decay_groups
@@ -87,6 +89,7 @@ __getattr__, __dir__ = lazy_exports(
             "save_checkpoint", "save_model",
         ),
         "config": ("build", "describe_difference", "nearest", "partial", "read_toml", "to_plain"),
+        "ema": ("WeightAverage",),
         "episodes": ("Episode", "EpisodeWriter", "Episodes", "EpisodesSpec", "Frames"),
         "errors": (
             "ConfigError", "FormatError", "MismatchError", "ShapeError", "StorageError",
@@ -98,6 +101,7 @@ __getattr__, __dir__ = lazy_exports(
         ),
         "interrupt": ("Interrupt",),
         "lazy": ("lazy_exports",),
+        "muon": ("Muon",),
         "npy": ("npy_array", "npy_bytes"),
         "optimizer": (
             "decay_groups", "load_optimizer", "optimizer_tensors", "set_learning_rate",

@@ -7,6 +7,7 @@ Settings (rates, decays) are not part of the state: they come from the config an
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .errors import FormatError
 
 
-def decay_groups(model: nn.Module, /, *, weight_decay: float) -> list[dict[str, object]]:
+def decay_groups(model: nn.Module, /, *, weight_decay: float) -> list[dict[str, Any]]:
     """Return parameter groups in which only matrices and kernels decay, never norms or biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [

@@ -54,6 +54,8 @@ def corrupt(
 ) -> Tensor:
     """Return codes of which a share is replaced at random, growing along the window.
 
+    Each code by itself: of a cell with levels, some may be wrong and others not.
+
     A rollout feeds on its own mistakes, which training never shows; random ones teach not to
     trust every cell. The share grows from 0 at the first frame to a rate at the last, which is
     drawn for each window from [0, most).
@@ -62,10 +64,11 @@ def corrupt(
         return codes_Bthw
     shape = codes_Bthw.shape[1:]
     shares_t = torch.linspace(0, most, shape[0])
+    cell = (1,) * (len(shape) - 1)
     replaced, others = [], []
     for rng in rngs:
         rates_t = shares_t * torch.rand(1, generator=rng)
-        replaced.append(torch.rand(shape, generator=rng) < rates_t[:, None, None])
+        replaced.append(torch.rand(shape, generator=rng) < rates_t.reshape(-1, *cell))
         others.append(torch.randint(vocab_size, shape, generator=rng))
     device = codes_Bthw.device
     return torch.where(torch.stack(replaced).to(device), torch.stack(others).to(device), codes_Bthw)

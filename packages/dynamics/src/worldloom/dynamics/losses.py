@@ -2,9 +2,12 @@
 
     logits_BfSV, WindowBatch  ->  nats, summed over the codes that count, and how many count
 
-Frames behind the end of a short episode are padding: never a label. Sums, not means, so that
-batches cut in two and processes side by side add up to the whole.
+Where cells have levels, logits are logits_BfSQV and a cell counts as Q codes, each by itself; their
+mean is the mean over the levels. Frames behind the end of a short episode are padding: never a
+label. Sums, not means, so that batches cut in two and processes side by side add up to the whole.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -22,11 +25,10 @@ def cross_entropy(logits_BfSV: Tensor, batch: WindowBatch, /) -> tuple[Tensor, i
         logits_BfSV: of frames 1 .. t-1, any float dtype; the sum is taken in float32.
         batch: the true codes, and which frames are real.
     """
-    targets_BfS = _targets_BfS(batch)
     # Padding is skipped by its label: picking the other rows would copy the logits.
     nats = library_cross_entropy(
-        logits_BfSV.flatten(0, 2).float(),
-        targets_BfS.flatten(),
+        logits_BfSV.flatten(0, -2).float(),
+        _targets_BfN(batch).flatten(),
         ignore_index=_IGNORED,
         reduction="sum",
     )
@@ -35,16 +37,15 @@ def cross_entropy(logits_BfSV: Tensor, batch: WindowBatch, /) -> tuple[Tensor, i
 
 def num_right(logits_BfSV: Tensor, batch: WindowBatch, /) -> Tensor:
     """Return how many of the codes that count are the likeliest one, float32."""
-    return (logits_BfSV.detach().argmax(-1) == _targets_BfS(batch)).sum().float()
+    return (logits_BfSV.detach().argmax(-1).flatten(2) == _targets_BfN(batch)).sum().float()
 
 
 def num_targets(batch: WindowBatch, /) -> int:
     """Return how many codes count: those of the real frames after the first."""
-    cells = batch.codes_Bthw.shape[2] * batch.codes_Bthw.shape[3]
-    return int(batch.valid_Bt[:, 1:].sum()) * cells
+    return int(batch.valid_Bt[:, 1:].sum()) * math.prod(batch.codes_Bthw.shape[2:])
 
 
-def _targets_BfS(batch: WindowBatch) -> Tensor:
-    """Return the codes to predict, with padding as what is ignored."""
-    codes_BfS = batch.codes_Bthw[:, 1:].flatten(2)
-    return torch.where(batch.valid_Bt[:, 1:, None], codes_BfS, _IGNORED)
+def _targets_BfN(batch: WindowBatch) -> Tensor:
+    """Return the N = S * Q codes a frame to predict, with padding as what is ignored."""
+    codes_BfN = batch.codes_Bthw[:, 1:].flatten(2)
+    return torch.where(batch.valid_Bt[:, 1:, None], codes_BfN, _IGNORED)

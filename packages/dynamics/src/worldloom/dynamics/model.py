@@ -1,11 +1,14 @@
 """The dynamics model: codes and actions -> logits of the next latent frame's codes.
 
     codes_Bthw, slots_BTA (r per latent frame after the first)  ->  logits_BfSV, f = 1 .. t-1
+    codes_BthwQ where cells have levels, slots_BTA              ->  logits_BfSQV
 
 Codes enter as their codebook vectors (a fixed table from the shards) through a learned
 projection, with a learned vector per code beside it; a learned embedding of the cell tells the
 grid apart, and every token is fed its own cell's code one frame before. Logits leave through an
 untied head: heads tied to the codebook (dot product, distance) learned far less in prototypes.
+There is one token a cell, however many levels it has: see level_head.py. Inside, codes always have
+a last axis Q.
 
 Source: the recipe of genie2-pytorch, without the defects that DESIGN lists.
 """
@@ -20,7 +23,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from worldloom.common import (
-    ConfigError,
+    CodeSpec,
     FormatError,
     ShapeError,
     bind_shape,
@@ -36,9 +39,10 @@ from .actions import ActionEmbedding
 from .code_embedding import CodeEmbedding
 from .config import DynamicsConfig
 from .kv_cache import CacheView, KVCache
+from .level_head import LevelHead
 from .meta_tokens import MetaTokens
 from .positions import Rotary, Rotation, beside, in_space, in_time, join, no_place, rotary
-from .sequence import Grid, shift_before, shift_beside, sight_mask
+from .sequence import Grid, flatten_codes, shift_before, shift_beside, sight_mask
 from .spec import DynamicsSpec
 from .transformer import Sight, Transformer
 
@@ -52,7 +56,7 @@ class OpenFrame:
 
     frame: int
     """Index of the latent frame in the video; the frames before it are in the cache."""
-    before_BS: Tensor
+    before_BSQ: Tensor
     """Codes of the frame before."""
     fed_BSD: Tensor
     """What every token is fed, but for the code beside it."""
@@ -80,36 +84,35 @@ class DynamicsModel(nn.Module):
         Args:
             config: its sizes.
             spec: what it will be trained on.
-            codebook_VZ: codebook vectors of the tokenizer, as `TokenShards.codebook_VZ` gives them.
+            codebook_VZ: codebook vectors of the tokenizer, as `TokenShards.codebook_VZ` gives them:
+                (V, Z), or (Q, V, Z) where cells have levels.
             seed: of the weights.
 
         Raises:
-            ConfigError: if the codes have residual levels.
             ShapeError: if the codebook is not the spec's.
         """
         super().__init__()
         codes = spec.tokenizer.codes
-        if codes.num_levels != 1:
-            raise ConfigError(
-                f"dynamics: these shards have {codes.num_levels} residual levels a cell; "
-                "this version learns one. Tokenize with a quantizer of one level"
-            )
         self.config = config
         self.spec = spec
         self.grid = Grid(codes.grid_height, codes.grid_width, config.order)
         self.steps_per_frame = codes.frames_per_latent
-        vectors = torch.from_numpy(np.array(codebook_VZ, np.float32))
-        bind_shape("codebook", vectors, "V Z", V=codes.vocab_size, Z=codes.code_dim)
+        codebook_QVZ = _codebook_QVZ(codebook_VZ, codes)
         with library_seed(seed, "dynamics-weights"):
             self.meta = MetaTokens(config.num_meta_tokens, config.dim)
-            self.before = CodeEmbedding(vectors, config.dim)
-            self.beside = CodeEmbedding(vectors, config.dim) if self.grid.beside else None
+            self.before = CodeEmbedding(codebook_QVZ, config.dim)
+            self.beside = CodeEmbedding(codebook_QVZ, config.dim) if self.grid.beside else None
             self.cell = nn.Embedding(self.grid.cells, config.dim)
             nn.init.normal_(self.cell.weight, std=0.5)
             self.actions = ActionEmbedding(spec.actions, steps=self.steps_per_frame, dim=config.dim)
             self.transformer = Transformer(config)
             self.to_logits = nn.Linear(config.dim, codes.vocab_size)
             nn.init.normal_(self.to_logits.weight, std=0.02)
+            self.level_head = (
+                LevelHead(codebook_QVZ, dim=config.dim, ff_mult=config.ff_mult)
+                if codes.num_levels > 1
+                else None
+            )
         self._add_frame_constants()
         self._kept: tuple[tuple[int, torch.device], tuple[Rotation, Tensor]] | None = None
 
@@ -123,31 +126,40 @@ class DynamicsModel(nn.Module):
     ) -> Tensor:
         """Return logits_BfSV of latent frames 1 .. t-1, each from what lies before it.
 
+        Where cells have levels, logits_BfSQV: level q also from the true codes of its own cell's
+        levels below q.
+
         Args:
             codes_Bthw: int64 in [0, V), t >= 2 latent frames.
             slots_BTA: int64 slots of the r (t - 1) steps between them; NULL where none is known.
-            inputs_Bthw: codes to feed instead of the true ones (corrupted ones, in training).
+            inputs_Bthw: codes to feed instead of the true ones (corrupted ones, in training). Not
+                below a level: what a wrong code leaves over for the next level, nobody knows.
 
         Raises:
-            ShapeError: if the grid or the number of steps is not the spec's, or t is below 2.
+            ShapeError: if grid, levels or number of steps are not the spec's, or t is below 2.
         """
-        codes_BtS = self._codes_BtS(codes_Bthw)
-        batch, frames = codes_BtS.shape[:2]
+        codes = self.spec.tokenizer.codes
+        codes_BtSQ = flatten_codes("codes", codes_Bthw, codes)
+        batch, frames = codes_BtSQ.shape[:2]
         if frames < 2:
             raise ShapeError(f"codes: {frames} latent frames; a frame is predicted from one before")
-        fed_BtS = codes_BtS if inputs_Bthw is None else self._codes_BtS(inputs_Bthw)
+        fed_BtSQ = codes_BtSQ
+        if inputs_Bthw is not None:
+            fed_BtSQ = flatten_codes("inputs", inputs_Bthw, codes)
         slots_BfrA = self._slots_BfrA(slots_BTA, batch, frames)
-        first, no_code = self.grid.first_frame, self.spec.tokenizer.codes.vocab_size
-        before_BtS = shift_before(fed_BtS, pad=no_code)
+        first, no_code = self.grid.first_frame, codes.vocab_size
+        before_BtSQ = shift_before(fed_BtSQ, pad=no_code)
         parts = [self.meta(batch)]
         if first == 0:  # no action leads to frame 0
-            parts.append(self._feed(fed_BtS[:, :1], before_BtS[:, :1], None))
-        parts.append(self._feed(fed_BtS[:, 1:], before_BtS[:, 1:], slots_BfrA))
+            parts.append(self._feed(fed_BtSQ[:, :1], before_BtSQ[:, :1], None))
+        parts.append(self._feed(fed_BtSQ[:, 1:], before_BtSQ[:, 1:], slots_BfrA))
         turn, mask_LL = self._window_constants(frames)
         out_BLD = self.transformer(torch.cat(parts, dim=1), turn, Sight(mask_LL))
         skip = self.config.num_meta_tokens + (1 - first) * self.grid.cells
-        logits_BLV: Tensor = self.to_logits(out_BLD[:, skip:])
-        return rearrange(logits_BLV, "B (f S) V -> B f S V", S=self.grid.cells)
+        out_BLD, true_BLQ = out_BLD[:, skip:], codes_BtSQ[:, 1:].flatten(1, 2)
+        levels = [self.level_logits(out_BLD, true_BLQ[..., :q]) for q in range(codes.num_levels)]
+        logits_BLV = levels[0] if len(levels) == 1 else torch.stack(levels, dim=2)
+        return rearrange(logits_BLV, "B (f S) ... -> B f S ...", S=self.grid.cells)
 
     def start_cache(self, *, batch: int) -> KVCache:
         """Return a rollout's cache that holds the meta tokens and no frame yet."""
@@ -160,19 +172,19 @@ class DynamicsModel(nn.Module):
         return cache
 
     def open_frame(
-        self, frame: int, before_BS: Tensor, slots_BrA: Tensor | None, cache: KVCache, /
+        self, frame: int, before_BSQ: Tensor, slots_BrA: Tensor | None, cache: KVCache, /
     ) -> OpenFrame:
-        """Begin a latent frame, whose cells are then asked for by `cached_logits`.
+        """Begin a latent frame, whose cells are then asked for by `cached_tokens`.
 
         Args:
             frame: index of the latent frame in the video; the frames before it are in the cache.
-            before_BS: codes of the latent frame before; not looked at for frame 0.
+            before_BSQ: codes of the latent frame before; not looked at for frame 0.
             slots_BrA: the actions that lead to the frame; None for frame 0.
             cache: from `start_cache`; the frame's place in it is written to.
         """
         if frame == 0:
-            before_BS = torch.full_like(before_BS, self.spec.tokenizer.codes.vocab_size)
-        fed_BSD = self.before(before_BS) + self.cell.weight
+            before_BSQ = torch.full_like(before_BSQ, self.spec.tokenizer.codes.vocab_size)
+        fed_BSD = self.before(before_BSQ) + self.cell.weight
         if slots_BrA is not None:
             fed_BSD = fed_BSD + self.actions(slots_BrA[:, None])
         now = in_time(torch.tensor([frame]), head_dim=self.head_dim).to(self.device)
@@ -187,29 +199,22 @@ class DynamicsModel(nn.Module):
             shape = (self.grid.cells, cache.visible(frame))
             mask_SM = torch.ones(shape, dtype=torch.bool, device=self.device)
             mask_SM[:, cache.places(frame, 0, self.grid.cells)] = self.own_SS
-        return OpenFrame(frame, before_BS, fed_BSD, turn.rotation(), mask_SM, cache)
+        return OpenFrame(frame, before_BSQ, fed_BSD, turn.rotation(), mask_SM, cache)
 
-    def cached_logits(self, there: OpenFrame, cells: slice, codes_BS: Tensor, /) -> Tensor:
-        """Return logits_BsV of some cells of a frame, and put their keys into the cache.
+    def cached_tokens(self, there: OpenFrame, cells: slice, codes_BSQ: Tensor, /) -> Tensor:
+        """Return tokens_BsD of some cells after all layers, and put their keys into the cache.
+
+        What they say of the cells' codes, `level_logits` tells, level by level.
 
         Args:
             there: the frame, from `open_frame`.
             cells: which cells; those before them in the order are decided, and in the cache.
-            codes_BS: codes of the frame, as far as they are decided.
+            codes_BSQ: codes of the frame, as far as they are decided.
         """
-        logits_BsV: Tensor = self.to_logits(self._cached(there, cells, codes_BS))
-        return logits_BsV
-
-    def remember(self, there: OpenFrame, codes_BS: Tensor, /) -> None:
-        """Put the keys of a whole frame whose codes are known into the cache."""
-        self._cached(there, slice(0, self.grid.cells), codes_BS)
-
-    def _cached(self, there: OpenFrame, cells: slice, codes_BS: Tensor) -> Tensor:
-        """Return the tokens of some cells after all layers."""
         tokens_BsD = there.fed_BSD[:, cells]
         if self.beside is not None:
-            beside_BS = shift_beside(codes_BS, there.before_BS, self.grid)
-            tokens_BsD = tokens_BsD + self.beside(beside_BS[:, cells])
+            beside_BSQ = shift_beside(codes_BSQ, there.before_BSQ, self.grid)
+            tokens_BsD = tokens_BsD + self.beside(beside_BSQ[:, cells])
         view = CacheView(
             there.cache,
             there.cache.places(there.frame, cells.start, cells.stop),
@@ -219,15 +224,28 @@ class DynamicsModel(nn.Module):
         out_BsD: Tensor = self.transformer(tokens_BsD, there.turn.of(cells), sight)
         return out_BsD
 
+    def level_logits(self, tokens_BLD: Tensor, below_BLq: Tensor, /) -> Tensor:
+        """Return logits_BLV of level q of some cells.
+
+        Args:
+            tokens_BLD: the cells' tokens after all layers.
+            below_BLq: the cells' own codes of the levels below q, from level 0 on; none for q = 0.
+        """
+        if below_BLq.shape[-1] == 0:
+            logits_BLV: Tensor = self.to_logits(tokens_BLD)
+        else:
+            assert self.level_head is not None
+            logits_BLV = self.level_head(tokens_BLD, below_BLq)
+        return logits_BLV
+
+    def remember(self, there: OpenFrame, codes_BSQ: Tensor, /) -> None:
+        """Put the keys of a whole frame whose codes are known into the cache."""
+        self.cached_tokens(there, slice(0, self.grid.cells), codes_BSQ)
+
     @property
     def head_dim(self) -> int:
         """Width of one attention head, K."""
         return self.config.dim // self.config.num_heads
-
-    def _codes_BtS(self, codes_Bthw: Tensor) -> Tensor:
-        """Check codes against the grid and flatten the cells."""
-        bind_shape("codes", codes_Bthw, "B t h w", h=self.grid.height, w=self.grid.width)
-        return codes_Bthw.flatten(2)
 
     def _slots_BfrA(self, slots_BTA: Tensor, batch: int, frames: int) -> Tensor:
         """Check slots against the frames and cut them into the r steps of every latent frame."""
@@ -237,11 +255,12 @@ class DynamicsModel(nn.Module):
         )  # fmt: skip
         return rearrange(slots_BTA, "B (f r) A -> B f r A", r=self.steps_per_frame)
 
-    def _feed(self, codes_BfS: Tensor, before_BfS: Tensor, slots_BfrA: Tensor | None) -> Tensor:
+    def _feed(self, codes_BfSQ: Tensor, before_BfSQ: Tensor, slots_BfrA: Tensor | None) -> Tensor:
         """Return tokens_BLD of whole frames: the sum of what every token is fed."""
-        tokens_BfSD: Tensor = self.before(before_BfS) + self.cell.weight
+        tokens_BfSD: Tensor = self.before(before_BfSQ) + self.cell.weight
         if self.beside is not None:
-            tokens_BfSD = tokens_BfSD + self.beside(shift_beside(codes_BfS, before_BfS, self.grid))
+            beside_BfSQ = shift_beside(codes_BfSQ, before_BfSQ, self.grid)
+            tokens_BfSD = tokens_BfSD + self.beside(beside_BfSQ)
         if slots_BfrA is not None:
             tokens_BfSD = tokens_BfSD + self.actions(slots_BfrA)[:, :, None]
         return tokens_BfSD.flatten(1, 2)
@@ -306,7 +325,19 @@ class DynamicsModel(nn.Module):
         sizes = build(DynamicsConfig, config["dynamics"], where=where, error=FormatError)
         spec = DynamicsSpec.from_dict(config["spec"], where=where)
         codes = spec.tokenizer.codes
-        model = cls(sizes, spec, np.zeros((codes.vocab_size, codes.code_dim), np.float32))
+        empty_QVZ = np.zeros((codes.num_levels, codes.vocab_size, codes.code_dim), np.float32)
+        model = cls(sizes, spec, empty_QVZ if codes.num_levels > 1 else empty_QVZ[0])
         load_weights(model, weights, where=str(folder))
         model.eval().requires_grad_(requires_grad=False)
         return model.to(device)
+
+
+def _codebook_QVZ(codebook_VZ: npt.NDArray[np.float32], codes: CodeSpec) -> Tensor:
+    """Check codebook vectors against the spec; return them with an axis for the levels."""
+    levels = codes.num_levels > 1
+    bind_shape(
+        "codebook", codebook_VZ, "Q V Z" if levels else "V Z",
+        Q=codes.num_levels, V=codes.vocab_size, Z=codes.code_dim,
+    )  # fmt: skip
+    vectors = torch.from_numpy(np.array(codebook_VZ, np.float32))
+    return vectors if levels else vectors[None]

@@ -2,8 +2,10 @@
 
     prompt_codes_Bthw, prompt_slots_BTA  ->  Rollout;   slots_BrA  ->  step  ->  codes_Bhw
 
-The state is a preallocated cache, the last frame's codes and the frame's index: a step's cost
-does not depend on how long the rollout has been going. `snapshot` and `restore` branch it.
+Where cells have levels, prompts are (B, t, h, w, Q) and steps give codes_BhwQ: of the cells that
+are decided together level 0 is drawn first, then level 1 given it, and so on. The state is a
+preallocated cache, the last frame's codes and the frame's index: a step's cost does not depend on
+how long the rollout has been going. `snapshot` and `restore` branch it.
 """
 
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from .config import SamplingConfig
 from .kv_cache import KVCache
 from .model import DynamicsModel
 from .sampling import keyed_gumbel, sample_codes
+from .sequence import flatten_codes, unflatten_codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ class Snapshot:
     """A rollout's state, to go back to."""
 
     frame: int
-    last_BS: Tensor
+    last_BSQ: Tensor
     cache: KVCache
 
 
@@ -48,18 +51,19 @@ class Rollout:
 
         Args:
             model: in eval mode.
-            prompt_codes_Bthw: integers in [0, V), at least one latent frame.
+            prompt_codes_Bthw: integers in [0, V), at least one latent frame; (B, t, h, w, Q) where
+                cells have levels.
             prompt_slots_BTA: slots of the r (t - 1) steps between the prompt's frames, or NULL.
             seeds: one a world; all its randomness.
             sampling: how codes are drawn; may be changed between steps.
 
         Raises:
-            ShapeError: if grid, steps or seeds do not fit.
+            ShapeError: if grid, levels, steps or seeds do not fit.
             FormatError: if a code or an action is not one of the model's.
         """
-        grid, r = model.grid, model.steps_per_frame
-        bind_shape("prompt", prompt_codes_Bthw, "B t h w", h=grid.height, w=grid.width)
-        batch, frames = prompt_codes_Bthw.shape[:2]
+        r = model.steps_per_frame
+        codes_BtSQ = flatten_codes("prompt", prompt_codes_Bthw, model.spec.tokenizer.codes)
+        batch, frames = codes_BtSQ.shape[:2]
         if batch == 0 or frames == 0:
             raise ShapeError(
                 f"prompt: {batch} worlds of {frames} latent frames; there must be one at least, "
@@ -69,7 +73,7 @@ class Rollout:
             raise ShapeError(f"seeds: {len(seeds)} for {batch} worlds, must be one each")
         self.model = model
         self.sampling = sampling
-        codes_BtS = _check_codes(prompt_codes_Bthw, model).flatten(2)
+        codes_BtSQ = _check_codes(codes_BtSQ, model)
         slots_BTA = _check_slots(
             "prompt actions", prompt_slots_BTA, model, batch=batch, steps=(frames - 1) * r
         )
@@ -78,17 +82,18 @@ class Rollout:
         plain_seeds = [int(seed) % (1 << 63) for seed in seeds]
         self._seeds_B = torch.tensor(plain_seeds, dtype=torch.int64, device=model.device)
         self._cache = model.start_cache(batch=batch)
-        for frame in range(grid.first_frame, frames):
+        for frame in range(model.grid.first_frame, frames):
             slots_BrA = slots_BfrA[:, frame - 1] if frame else None
-            there = model.open_frame(frame, codes_BtS[:, max(0, frame - 1)], slots_BrA, self._cache)
-            model.remember(there, codes_BtS[:, frame])
-        self._last_BS = codes_BtS[:, -1]
+            before_BSQ = codes_BtSQ[:, max(0, frame - 1)]
+            there = model.open_frame(frame, before_BSQ, slots_BrA, self._cache)
+            model.remember(there, codes_BtSQ[:, frame])
+        self._last_BSQ = codes_BtSQ[:, -1]
         self.frame = frames
         """Index of the latent frame that the next step generates."""
 
     @torch.inference_mode()
     def step(self, slots_BrA: Tensor, /) -> Tensor:
-        """Generate the next latent frame under these actions; return codes_Bhw, int64.
+        """Generate the next latent frame under these actions; return codes_Bhw (or BhwQ), int64.
 
         Args:
             slots_BrA: slots of the r steps that lead to it; NULL where no action is given.
@@ -96,36 +101,39 @@ class Rollout:
         Raises:
             ShapeError, FormatError: if the actions are not of the model's spec; nothing happened.
         """
-        model, grid = self.model, self.model.grid
-        batch, vocab_size = len(self._last_BS), model.spec.tokenizer.codes.vocab_size
+        model, codes = self.model, self.model.spec.tokenizer.codes
         slots_BrA = _check_slots(
-            "actions", slots_BrA, model, batch=batch, steps=model.steps_per_frame
+            "actions", slots_BrA, model, batch=len(self._last_BSQ), steps=model.steps_per_frame
         )
-        there = model.open_frame(self.frame, self._last_BS, slots_BrA, self._cache)
-        codes_BS = torch.zeros_like(self._last_BS)
-        for start, stop in grid.groups():
+        there = model.open_frame(self.frame, self._last_BSQ, slots_BrA, self._cache)
+        codes_BSQ = torch.zeros_like(self._last_BSQ)
+        for start, stop in model.grid.groups():
             cells = slice(start, stop)
-            logits_BsV = model.cached_logits(there, cells, codes_BS)
-            noise_BsV = keyed_gumbel(self._seeds_B, self.frame, cells, vocab_size)
-            codes_BS[:, cells] = sample_codes(logits_BsV, noise_BsV, self.sampling)
-        self._last_BS = codes_BS
+            tokens_BsD = model.cached_tokens(there, cells, codes_BSQ)
+            for level in range(codes.num_levels):
+                logits_BsV = model.level_logits(tokens_BsD, codes_BSQ[:, cells, :level])
+                noise_BsV = keyed_gumbel(
+                    self._seeds_B, self.frame, cells, codes.vocab_size, level=level
+                )
+                codes_BSQ[:, cells, level] = sample_codes(logits_BsV, noise_BsV, self.sampling)
+        self._last_BSQ = codes_BSQ
         self.frame += 1
-        return rearrange(codes_BS.clone(), "B (h w) -> B h w", h=grid.height)
+        return unflatten_codes(codes_BSQ.clone(), codes)
 
     def snapshot(self) -> Snapshot:
         """Return the state, independent of what follows."""
-        return Snapshot(self.frame, self._last_BS.clone(), self._cache.clone())
+        return Snapshot(self.frame, self._last_BSQ.clone(), self._cache.clone())
 
     def restore(self, snapshot: Snapshot, /) -> None:
         """Go back to a snapshot of this rollout."""
         self.frame = snapshot.frame
-        self._last_BS = snapshot.last_BS.clone()
+        self._last_BSQ = snapshot.last_BSQ.clone()
         self._cache = snapshot.cache.clone()
 
     @property
     def size_bytes(self) -> int:
         """Memory of the state."""
-        return self._cache.size_bytes + self._last_BS.numel() * self._last_BS.element_size()
+        return self._cache.size_bytes + self._last_BSQ.numel() * self._last_BSQ.element_size()
 
 
 def generate_codes(
@@ -141,17 +149,18 @@ def generate_codes(
 
     Args:
         model: in eval mode.
-        prompt_codes_Bthw: integers in [0, V), at least one latent frame.
+        prompt_codes_Bthw: integers in [0, V), at least one latent frame. Where cells have levels,
+            (B, t, h, w, Q), and so is what is returned.
         slots_BTA: slots of all r (t - 1) steps, those of the prompt first, or NULL.
         seeds: one a row.
         sampling: how codes are drawn.
 
     Raises:
-        ShapeError: if grid, steps or seeds do not fit.
+        ShapeError: if grid, levels, steps or seeds do not fit.
         FormatError: if a code or an action is not one of the model's.
     """
     r = model.steps_per_frame
-    bind_shape("prompt", prompt_codes_Bthw, "B t h w")
+    flatten_codes("prompt", prompt_codes_Bthw, model.spec.tokenizer.codes)
     bind_shape("actions", slots_BTA, "B T A", B=len(prompt_codes_Bthw))
     prompt_steps, steps = (prompt_codes_Bthw.shape[1] - 1) * r, slots_BTA.shape[1]
     if steps < prompt_steps or steps % r:
@@ -170,19 +179,21 @@ def generate_codes(
     return torch.cat([prompt, *generated], dim=1)
 
 
-def _check_codes(codes_Bthw: Tensor, model: DynamicsModel) -> Tensor:
+def _check_codes(codes_BtSQ: Tensor, model: DynamicsModel) -> Tensor:
     """Return a prompt's codes, int64, on the model's device; refuse one that is not the model's."""
-    vocab_size = model.spec.tokenizer.codes.vocab_size
-    if codes_Bthw.is_floating_point() or codes_Bthw.dtype == torch.bool:
-        raise FormatError(f"prompt: codes are {codes_Bthw.dtype}, must be integers")
-    codes_Bthw = codes_Bthw.to(model.device, torch.int64)
-    least, most = int(codes_Bthw.min()), int(codes_Bthw.max())
-    if least < 0 or most >= vocab_size:
-        raise FormatError(
-            f"prompt: codes in [{least}, {most}], must be in [0, {vocab_size}): "
-            "another tokenizer's, it seems"
-        )
-    return codes_Bthw
+    codes = model.spec.tokenizer.codes
+    if codes_BtSQ.is_floating_point() or codes_BtSQ.dtype == torch.bool:
+        raise FormatError(f"prompt: codes are {codes_BtSQ.dtype}, must be integers")
+    codes_BtSQ = codes_BtSQ.to(model.device, torch.int64)
+    for level, codes_BtS in enumerate(codes_BtSQ.unbind(-1)):
+        least, most = int(codes_BtS.min()), int(codes_BtS.max())
+        if least < 0 or most >= codes.vocab_size:
+            which = f"codes of level {level}" if codes.num_levels > 1 else "codes"
+            raise FormatError(
+                f"prompt: {which} in [{least}, {most}], must be in [0, {codes.vocab_size}): "
+                "another tokenizer's, it seems"
+            )
+    return codes_BtSQ
 
 
 def _check_slots(

@@ -3,8 +3,8 @@
     logits_BsV, noise_BsV  ->  codes_Bs
 
 Sampling is an argmax: log-probabilities plus Gumbel noise, which draws exactly from the
-distribution (arXiv:1611.01144, section 2). The noise is a function of (seed, frame, cell, code)
-and of nothing else, so the same seed and actions give the same codes whatever the batch, the
+distribution (arXiv:1611.01144, section 2). The noise is a function of (seed, frame, cell, level,
+code) and of nothing else, so the same seed and actions give the same codes whatever the batch, the
 order of decoding or the device count.
 """
 
@@ -19,17 +19,21 @@ _LEAST_TEMPERATURE = 1e-6
 """Below it the likeliest code wins anyway, and dividing by it would leave float32."""
 
 
-def keyed_gumbel(seeds_B: Tensor, frame: int, cells: slice, vocab_size: int, /) -> Tensor:
+def keyed_gumbel(
+    seeds_B: Tensor, frame: int, cells: slice, vocab_size: int, /, *, level: int = 0
+) -> Tensor:
     """Return noise_BsV, standard Gumbel, float32.
 
-    A counter-based generator: seed, frame, cell and code are mixed in, one after the other, by the
-    finaliser of splitmix64 (Stafford's variant 13), on int64 lanes that wrap around.
+    A counter-based generator: seed, frame, cell, level and code are mixed in, one after the other,
+    by the finaliser of splitmix64 (Stafford's variant 13), on int64 lanes that wrap around. Level 0
+    is not mixed in: the first level's noise is that of codes without levels.
 
     Args:
         seeds_B: int64, one a row; any value.
         frame: index of the latent frame in the video.
         cells: which cells of the frame.
         vocab_size: number of codes, V.
+        level: which of a cell's codes.
     """
     device = seeds_B.device
     cells_s = torch.arange(cells.start, cells.stop, device=device)
@@ -38,6 +42,8 @@ def keyed_gumbel(seeds_B: Tensor, frame: int, cells: slice, vocab_size: int, /) 
     key_B = _mix(seeds_B ^ _WEYL)
     key_B = _mix(key_B ^ _mix(torch.tensor(frame + 1, device=device)))
     key_Bs = _mix(key_B[:, None] ^ _mix(cells_s + (1 << 32)))
+    if level:
+        key_Bs = _mix(key_Bs ^ _mix(torch.tensor(level + (1 << 40), device=device)))
     bits_BsV = _mix(key_Bs[..., None] ^ _mix(codes_V + (1 << 48)))
     # 24 bits, half-way between neighbours: never 0 or 1, exact in float32.
     uniform = ((bits_BsV & 0xFFFFFF).float() + 0.5) * 2.0**-24

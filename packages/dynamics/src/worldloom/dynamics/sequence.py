@@ -1,11 +1,12 @@
 """Codes -> what every token is fed, where it stands and what it sees.
 
-    codes_BtS                        ->  codes of the same cell one frame before; codes beside
+    codes_Bthw, or codes_BthwQ      <->  codes_BtSQ, Q = 1 where a cell has one code
+    codes_BtSQ                       ->  codes of the same cell one frame before; codes beside
     frames, cells                    ->  frames_L, rows_L, columns_L: where the tokens stand
     the same, an order, a context    ->  mask_LL: what they see
 
-There is one token per cell and latent frame, and it predicts that cell's code. Its input never
-holds that code; it holds
+There is one token per cell and latent frame, and it predicts that cell's code: all Q levels of it
+(level_head.py). Its input never holds that code; it holds
 
     the same cell's code one latent frame before        (every order)
     the code before it (raster) or above it (row)        nothing for `frame`; the first cells, of
@@ -20,7 +21,9 @@ given; with order `frame` it needs no tokens of its own, as the tokens of frame 
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
+from worldloom.common import CodeSpec, bind_shape
 
 from .config import Order
 
@@ -67,23 +70,49 @@ class Grid:
         return frames_L, cells_L // self.width, cells_L % self.width
 
 
-def shift_beside(codes_BtS: Tensor, before_BtS: Tensor, grid: Grid, /) -> Tensor:
-    """Return, for every cell, the code that it is fed from its place in the order.
-
-    Cell c gets the code of cell c - grid.beside. The first cells get those of the last cells of the
-    frame before: no other token that they see is fed these.
+def flatten_codes(name: str, codes_Bthw: Tensor, spec: CodeSpec, /) -> Tensor:
+    """Return codes_BtSQ; `name` names the codes in errors.
 
     Args:
-        codes_BtS: codes of the frames, with any axes in front of the cells.
-        before_BtS: codes of the frame before each, from `shift_before`.
+        name: what they are to the caller.
+        codes_Bthw: (B, t, h, w), or (B, t, h, w, Q) where the spec has levels.
+        spec: their grid and levels.
+
+    Raises:
+        ShapeError: if grid or levels are not the spec's.
+    """
+    levels = spec.num_levels > 1
+    bind_shape(
+        name, codes_Bthw, "B t h w Q" if levels else "B t h w",
+        h=spec.grid_height, w=spec.grid_width, Q=spec.num_levels,
+    )  # fmt: skip
+    return rearrange(codes_Bthw, "B t h w Q -> B t (h w) Q" if levels else "B t h w -> B t (h w) 1")
+
+
+def unflatten_codes(codes_BSQ: Tensor, spec: CodeSpec, /) -> Tensor:
+    """Return codes_Bhw of latent frames, or codes_BhwQ where the spec has levels."""
+    pattern = "B (h w) Q -> B h w Q" if spec.num_levels > 1 else "B (h w) 1 -> B h w"
+    return rearrange(codes_BSQ, pattern, h=spec.grid_height)
+
+
+def shift_beside(codes_BtSQ: Tensor, before_BtSQ: Tensor, grid: Grid, /) -> Tensor:
+    """Return, for every cell, the codes that it is fed from its place in the order.
+
+    Cell c gets the codes of cell c - grid.beside. The first cells get those of the last cells of
+    the frame before: no other token that they see is fed these.
+
+    Args:
+        codes_BtSQ: codes of the frames, with any axes in front of the cells.
+        before_BtSQ: codes of the frame before each, from `shift_before`.
         grid: with an order in which cells are fed codes of their own frame.
     """
-    return torch.cat([before_BtS[..., -grid.beside :], codes_BtS[..., : -grid.beside]], dim=-1)
+    last, first = before_BtSQ[..., -grid.beside :, :], codes_BtSQ[..., : -grid.beside, :]
+    return torch.cat([last, first], dim=-2)
 
 
-def shift_before(codes_BtS: Tensor, /, *, pad: int) -> Tensor:
+def shift_before(codes_BtSQ: Tensor, /, *, pad: int) -> Tensor:
     """Return the codes of the same cell one latent frame before; `pad` for the first frame."""
-    return torch.cat([torch.full_like(codes_BtS[:, :1], pad), codes_BtS[:, :-1]], dim=1)
+    return torch.cat([torch.full_like(codes_BtSQ[:, :1], pad), codes_BtSQ[:, :-1]], dim=1)
 
 
 def sight_mask(

@@ -324,7 +324,8 @@ def _anywhere(accelerator: Accelerator, wanted: bool) -> bool:
 
 def _num_predicted(dynamics: DynamicsModel, training: DynamicsTrainingConfig) -> int:
     """Return how many codes an update predicts, padding included."""
-    return training.batch_windows * (training.window_frames - 1) * dynamics.grid.cells
+    codes_per_frame = dynamics.grid.cells * dynamics.spec.tokenizer.codes.num_levels
+    return training.batch_windows * (training.window_frames - 1) * codes_per_frame
 
 
 class _Clock:
@@ -353,11 +354,13 @@ def _card(
     """Return the model card."""
     spec, config, codes = dynamics.spec, dynamics.config, dynamics.spec.tokenizer.codes
     numbers = "\n".join(f"| held out: {name} | {value:.4f} |" for name, value in scores.items())
+    levels = codes.num_levels
+    each, axis = (f" in each of {levels} levels", f", {levels}") if levels > 1 else ("", "")
     return f"""# A worldloom dynamics model
 
 Given codes and actions, the next frame's codes. It speaks the codes of the tokenizer with
 fingerprint `{spec.tokenizer.fingerprint[:16]}` and of no other:
-{codes.grid_height}x{codes.grid_width} cells of {codes.vocab_size} codes.
+{codes.grid_height}x{codes.grid_width} cells of {codes.vocab_size} codes{each}.
 
 | | |
 |---|---|
@@ -374,7 +377,7 @@ from pathlib import Path
 from worldloom.dynamics import DynamicsModel, SamplingConfig, generate_codes
 
 model = DynamicsModel.from_pretrained(Path("this folder"))
-# prompt: int64 (B, p, {codes.grid_height}, {codes.grid_width}) codes, p >= 1
+# prompt: int64 (B, p, {codes.grid_height}, {codes.grid_width}{axis}) codes, p >= 1
 # actions: int64 (B, {codes.frames_per_latent} (t - 1), {spec.actions.num_slots}) slots
 codes = generate_codes(model, prompt, actions, seeds=[0], sampling=SamplingConfig())
 ```

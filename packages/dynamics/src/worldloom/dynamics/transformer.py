@@ -96,6 +96,12 @@ def _attention_precision(tokens_BLD: Tensor) -> AbstractContextManager[object]:
     return torch.autocast("cpu", enabled=False) if _narrow_on_cpu(tokens_BLD) else nullcontext()
 
 
+def gated_feed_forward(dim: int, /, *, mult: float) -> nn.Sequential:
+    """Return a norm and a gated layer, whose output is to be added to what went in; 0 at first."""
+    layer = FeedForward(dim, mult=mult, glu=True, swish=True, no_bias=True, zero_init_output=True)
+    return nn.Sequential(nn.RMSNorm(dim), layer)
+
+
 class Transformer(nn.Module):
     """Pre-norm layers of attention and gated feed-forward."""
 
@@ -103,15 +109,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.attentions = nn.ModuleList(Attention(config, i) for i in range(config.num_layers))
         self.feed_forwards = nn.ModuleList(
-            nn.Sequential(
-                nn.RMSNorm(config.dim),
-                FeedForward(
-                    config.dim, mult=config.ff_mult, glu=True, swish=True, no_bias=True,
-                    zero_init_output=True,
-                ),
-            )
-            for _ in range(config.num_layers)
-        )  # fmt: skip
+            gated_feed_forward(config.dim, mult=config.ff_mult) for _ in range(config.num_layers)
+        )
         self.norm = nn.RMSNorm(config.dim)
 
     def forward(self, tokens_BLD: Tensor, turn: Rotation, sight: Sight, /) -> Tensor:

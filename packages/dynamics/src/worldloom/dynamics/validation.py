@@ -7,6 +7,7 @@ rollout makes, beside what repeating the last frame would score, does not.
 """
 
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,10 +31,12 @@ def validate(
 ) -> dict[str, float]:
     """Return held-out numbers of a model, which is in eval mode afterwards.
 
-    validation_loss, validation_accuracy: of every frame's codes, given the true past.
-    free_running_accuracy: share of the cells of the first frame, sampled after a prompt of half a
-    window, that are the true ones. copy_accuracy: the same for repeating the prompt's last frame.
-    Both are missing where no window is long enough.
+    validation_loss, validation_accuracy: of every frame's codes, given the true past (and, where
+    cells have levels, the levels below). free_running_accuracy: share of the codes of the first
+    frame, sampled after a prompt of half a window, that are the true ones: of Q levels each counts,
+    not the cell as a whole. copy_accuracy: the same for repeating the prompt's last frame. Both are
+    missing where no window is long enough. Where cells have levels, validation_loss_0,
+    validation_accuracy_0 and so on are those of every level.
 
     Args:
         dynamics: the model.
@@ -49,24 +52,36 @@ def validate(
         rows = slice(start, start + batch_windows)
         batch = chosen.rows(rows).to(dynamics.device)
         logits_BfSV = dynamics(batch.codes_Bthw, batch.slots_BTA)
-        nats, count = cross_entropy(logits_BfSV, batch)
-        sums["nats"] += nats.item()
-        sums["right"] += num_right(logits_BfSV, batch).item()
-        sums["codes"] += count
+        for level, (logits, part) in _each_level(logits_BfSV, batch).items():
+            nats, count = cross_entropy(logits, part)
+            sums["nats" + level] += nats.item()
+            sums["right" + level] += num_right(logits, part).item()
+            sums["codes" + level] += count
         for name, number in _first_frames(dynamics, batch, range(num_windows)[rows]).items():
             sums[name] += number
-    scores = {
-        "validation_loss": sums["nats"] / sums["codes"],
-        "validation_accuracy": sums["right"] / sums["codes"],
-    }
-    if sums["cells"]:
-        scores["free_running_accuracy"] = sums["free"] / sums["cells"]
-        scores["copy_accuracy"] = sums["copied"] / sums["cells"]
+    scores = {}
+    for level in [name.removeprefix("nats") for name in sums if name.startswith("nats")]:
+        scores["validation_loss" + level] = sums["nats" + level] / sums["codes" + level]
+        scores["validation_accuracy" + level] = sums["right" + level] / sums["codes" + level]
+    if sums["compared"]:
+        scores["free_running_accuracy"] = sums["free"] / sums["compared"]
+        scores["copy_accuracy"] = sums["copied"] / sums["compared"]
     return scores
 
 
+def _each_level(logits_BfSV: Tensor, batch: WindowBatch) -> dict[str, tuple[Tensor, WindowBatch]]:
+    """Return logits and codes of all levels together and, if there are several, of each."""
+    every = {"": (logits_BfSV, batch)}
+    if batch.codes_Bthw.dim() == 5:
+        for level in range(batch.codes_Bthw.shape[-1]):
+            codes_Bthw = batch.codes_Bthw[..., level]
+            part = replace(batch, codes_Bthw=codes_Bthw)
+            every[f"_{level}"] = (logits_BfSV[..., level, :], part)
+    return every
+
+
 def _first_frames(dynamics: DynamicsModel, batch: WindowBatch, seeds: range) -> dict[str, int]:
-    """Return in how many cells a sampled and a copied frame are right, and of how many."""
+    """Return how many codes of a sampled and of a copied frame are right, and of how many."""
     prompt_frames = max(1, batch.codes_Bthw.shape[1] // 2)
     whole_B = batch.valid_Bt[:, : prompt_frames + 1].all(1)
     if not whole_B.any():
@@ -83,7 +98,7 @@ def _first_frames(dynamics: DynamicsModel, batch: WindowBatch, seeds: range) -> 
     return {
         "free": _num_equal(generated_Bthw[:, -1], true_Bhw),
         "copied": _num_equal(codes_Bthw[:, prompt_frames - 1], true_Bhw),
-        "cells": true_Bhw.numel(),
+        "compared": true_Bhw.numel(),
     }
 
 

@@ -27,7 +27,7 @@ class WindowBatch:
     """Windows side by side."""
 
     codes_Bthw: Tensor
-    """int64; padding is code 0 and not valid."""
+    """int64, with a last axis Q where cells have levels; padding is code 0 and not valid."""
     slots_BTA: Tensor
     """int64 slots of the r (t - 1) steps between the latent frames; padding is NULL."""
     valid_Bt: Tensor

