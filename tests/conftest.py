@@ -33,6 +33,11 @@ settings.register_profile(
 )
 settings.load_profile("worldloom")
 
+# A shell that starts the tests in the background has them ignore Ctrl-C, and every command that a
+# test starts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 ACTION_SPECS = {
     "none": ActionSpec.none(),

@@ -55,8 +55,6 @@ def start(output: Path, /, *more: str, **environment: str) -> subprocess.Popen:
     ]  # fmt: skip
     return subprocess.Popen(
         command,
-        # Tests run in the background run with Ctrl-C ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "PYTHONPATH": str(TESTS), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
