@@ -22,7 +22,7 @@ $(STAMP): $(PROJECTS)
 	  echo 'error: $(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv' >&2; exit 1; }
 	@echo 'installing worldloom and what it needs into .venv' >&2
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-input $(PIP_FLAGS) \
-	  -e packages/common -e packages/tokenizer -e packages/dynamics -e '.[envs,test]'
+	  -e packages/common -e packages/tokenizer -e packages/dynamics -e '.[envs,ingest,ray,test]'
 	@touch $@
 
 demo: setup  ## play, learn, imagine: the whole chain, then runs/demo/report.html

@@ -3,19 +3,20 @@
     python benchmarks/tokenizer.py                       both, in about 15 minutes on 2 cores
     python benchmarks/tokenizer.py --only throughput     the first alone
 
-throughput: frames per second of what `worldloom tokenize` does (reading episodes, resizing,
-encoding, writing shards) against a bare forward pass of the same encoder and quantizer, at the same
-batch, on frames that are in memory as float32 already. Both take turns in one process, after a
-warm-up; stated is the median of the turns' ratios, of seconds and of processor time: the latter is
-what would be left if nothing overlapped, and hardly depends on what else the machine does.
+throughput: frames per second of what a worker of `worldloom tokenize` does (reading episodes,
+resizing, encoding, writing shards; not measuring the reconstruction) against a bare forward pass of
+the same encoder and quantizer, at the same batch, on frames that are in memory as float32 already.
+Both take turns in one process, after a warm-up; stated is the median of the turns' ratios, of
+seconds and of processor time: the latter is what would be left if nothing overlapped, and hardly
+depends on what else the machine does.
 
 quantizers: tokenizers of equal size, alike but for the quantizer, trained for equally many updates
 on episodes of Pong (a ball of 2 pixels), one after another and then again with the next seed;
 measured on held-out episodes. They run on one thread, and s/update is processor time, which other
 processes hardly disturb.
 
-What overlaps does so only with a core to spare: OMP_NUM_THREADS=1 leaves one. On a machine that is
-busy otherwise, several threads wait for one another, and the numbers mean little.
+Both compute with one thread, as a worker on a CPU does; what overlaps does so only with a core to
+spare. On a machine that is busy otherwise, the numbers mean little.
 
 Both record what they need. Tables go to stdout, progress to stderr.
 """
@@ -23,7 +24,9 @@ Both record what they need. Tables go to stdout, progress to stderr.
 import shutil
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -32,7 +35,8 @@ from report import Report, arguments, spread
 from worldloom.common import Episodes, say
 from worldloom.pipelines.encoding import EpisodeFrames, encode_videos, reconstructed_clips
 from worldloom.pipelines.record import RecordConfig, record
-from worldloom.pipelines.tokenize import encode_shards
+from worldloom.pipelines.tokenize import keep_plan
+from worldloom.pipelines.units import TokenizeJob, UnitWorker, make_plan, units_of
 from worldloom.tokenizer import (
     ConvTokenizer,
     QuantizerConfig,
@@ -113,6 +117,7 @@ def main() -> None:
 
 def throughput(report: Report, folder: Path, quick: bool, turns: int, frames: int) -> None:
     """Compare the pipeline with the network alone, on frames that fit and on frames to resize."""
+    torch.set_num_threads(1)
     streams, frames = (2, 20) if quick else (16, frames)
     model = replace(MODEL, widths=(8, 16, 16), num_blocks=(1, 1, 1)) if quick else MODEL
     rows = []
@@ -136,9 +141,7 @@ def throughput(report: Report, folder: Path, quick: bool, turns: int, frames: in
                     bare(tokenizer, groups)
                 else:
                     output = folder / "shards"
-                    encode_shards(
-                        tokenizer, episodes, output, shard_episodes=streams, batch_episodes=streams
-                    )
+                    encode(tokenizer, episodes, output, streams)
                 if turn >= 0:  # the first warms up caches, allocator and clock
                     took[name].append(time.perf_counter() - started)
                     processor[name].append(time.process_time() - before)
@@ -161,6 +164,21 @@ def throughput(report: Report, folder: Path, quick: bool, turns: int, frames: in
         "seed": 0,
     }
     report.table("throughput", rows, settings=settings)
+
+
+def encode(tokenizer: ConvTokenizer, episodes: Episodes, output: Path, streams: int) -> None:
+    """Do what a worker does for every shard of `streams` episodes."""
+    sizes = {"shard_episodes": streams, "batch_episodes": streams}
+    plan = make_plan(episodes, tokenizer, **sizes)
+    keep_plan(output, plan)
+    job = TokenizeJob(
+        episodes=episodes.folder, tokenizer="this one", output=output, device="cpu", threads=1,
+        skip_bad=0, plan=plan, measure=False, **sizes,
+    )  # fmt: skip
+    units = range(len(units_of(episodes.keys, streams)))
+    with closing(UnitWorker(job, episodes, tokenizer)) as worker:
+        for index, following in zip_longest(units, units[1:]):
+            worker.answer(index, following=following)
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:

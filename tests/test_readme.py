@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from video_worlds import played, write_actions, write_video
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("vizdoom")
@@ -20,6 +21,9 @@ SMALLER = {
         "--training.no-bf16"
     ),
     "tokenize": "",
+    "ingest": "",
+    "info": "",
+    "shards": "",
     "train-dynamics": (
         "--model.num-layers 1 --model.dim 32 --model.num-heads 2 --training.num-steps 4 "
         "--training.batch-windows 2 --training.no-bf16"
@@ -28,7 +32,9 @@ SMALLER = {
     "evaluate": "--device cpu",
 }
 ORDER = ["record", "train-tokenizer", "tokenize", "train-dynamics", "generate",
+         "ingest", "info", "record", "tokenize", "shards", "train-dynamics",
          "train-tokenizer", "evaluate"]  # fmt: skip
+LAST = {"info", "evaluate"}  # after these there is nothing to go on with
 
 
 def readme_commands() -> list[list[str]]:
@@ -54,6 +60,10 @@ def without(words: list[str], flags: list[str]) -> list[str]:
 def test_the_commands_of_the_readme_lead_from_a_game_to_a_video(tmp_path):
     commands = readme_commands()
     assert [words[1] for words in commands] == ORDER
+    for name in ("a", "b"):  # what the reader of the README has already
+        world = played("discrete", 20)
+        write_video(tmp_path / f"recordings/{name}.mp4", world.frames_THWC)
+        write_actions(tmp_path / f"recordings/{name}.csv", world)
     for words in commands:
         smaller = SMALLER[words[1]].split()
         line = [*without(words[1:], smaller), *smaller]
@@ -62,10 +72,12 @@ def test_the_commands_of_the_readme_lead_from_a_game_to_a_video(tmp_path):
             cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert ran.returncode == 0, f"{line}\n{ran.stderr}"
-        assert words[1] == "evaluate" or "next: worldloom " in ran.stderr
+        assert words[1] in LAST or "next: worldloom " in ran.stderr
     made = tmp_path / "runs/doom/generated"
     assert {path.name for path in made.iterdir()} >= {
         "generated.mp4", "generated.gif", "contact-sheet.png",
     }  # fmt: skip
     assert (tmp_path / "runs/doom/tokenizer-evaluation/reconstructions.png").is_file()
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # games leave no litter behind
+    assert (tmp_path / "runs/mine/preview.png").is_file()
+    # Games leave no litter behind.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recordings", "runs"]

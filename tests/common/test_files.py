@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from worldloom.common import (
     StorageError,
     atomic_folder,
     file_sha256,
+    files,
+    is_leftover,
     read_json,
     remove_leftovers,
     storage_errors,
@@ -20,7 +23,13 @@ from worldloom.common import (
     write_bytes,
     write_json,
 )
-from worldloom.common.files import plain_name, settle_folder, settle_folders, write_atomic
+from worldloom.common.files import (
+    plain_name,
+    settle_folder,
+    settle_folders,
+    temporary_path,
+    write_atomic,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -119,8 +128,9 @@ def test_an_error_inside_the_block_leaves_the_old_folder(tmp_path):
 
 def test_the_remains_of_a_killed_process_with_our_number_do_not_stop_us(tmp_path):
     """In a container every run has the same small process number."""
-    for prefix in (f"tmp-{os.getpid()}", f"tmp-old-{os.getpid()}"):
-        write_bytes(tmp_path / f"{prefix}-model" / "stale", b"stale")
+    ours = temporary_path(tmp_path / "model")
+    for folder in (ours, tmp_path / ours.name.replace("tmp-", "tmp-old-")):
+        write_bytes(folder / "stale", b"stale")
     write_bytes(tmp_path / "model" / "a", b"old")
     with atomic_folder(tmp_path / "model") as temporary:
         (temporary / "a").write_bytes(b"new")
@@ -171,6 +181,53 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
     write_bytes(tmp_path / "tmp-12", b"")
     remove_leftovers(tmp_path)
     assert names(tmp_path) == ["keep", "outside", "tmp-", "tmp-12", "tmp-thesis"]
+
+
+def test_two_processes_that_share_a_disk_never_write_the_same_temporary_file(tmp_path, monkeypatch):
+    """On two machines, or in two containers, processes may have the same number and name."""
+    ours = temporary_path(tmp_path / "x").name
+    assert is_leftover(ours)
+    pid = os.fork()
+    if pid == 0:
+        (tmp_path / "child").write_text(temporary_path(tmp_path / "x").name)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    names_of = {ours, (tmp_path / "child").read_text()}
+    files._machine_number.cache_clear()
+    monkeypatch.setattr(platform, "node", lambda: "another machine")
+    names_of.add(temporary_path(tmp_path / "x").name)
+    files._machine_number.cache_clear()
+    assert len(names_of) == 3
+    assert all(map(is_leftover, names_of))
+
+
+def test_leftovers_of_one_file_are_removed_and_those_of_others_stay(tmp_path):
+    for name in ("tmp-1-a", "tmp-2-a", "tmp-1-b", "tmp-1-aa", "tmp-1-c-a", "a"):
+        write_bytes(tmp_path / name, b"")
+    remove_leftovers(tmp_path, of={"a"})
+    assert names(tmp_path) == ["a", "tmp-1-aa", "tmp-1-b", "tmp-1-c-a"]
+
+
+def test_what_others_may_be_writing_is_removed_only_when_its_process_is_gone(tmp_path, monkeypatch):
+    pid = os.fork()
+    if pid == 0:
+        temporary_path(tmp_path / "x").write_bytes(b"killed")
+        os._exit(0)
+    os.waitpid(pid, 0)
+    temporary_path(tmp_path / "x").write_bytes(b"alive")
+    # Process 1 lives for ever; of what another machine runs we know nothing.
+    number = temporary_path(tmp_path / "x").name.removeprefix("tmp-").removesuffix("-x")
+    (tmp_path / f"tmp-{number[:-7]}0000001-x").write_bytes(b"another user's")
+    files._machine_number.cache_clear()
+    monkeypatch.setattr(platform, "node", lambda: "another machine")
+    (tmp_path / temporary_path(tmp_path / "x").name.replace(number[-7:], "4194303")).touch()
+    monkeypatch.undo()
+    files._machine_number.cache_clear()
+    before = names(tmp_path)
+    assert len(before) == 4
+    remove_leftovers(tmp_path, of={"x"}, shared=True)
+    gone = set(before) - set(names(tmp_path))
+    assert gone == {f"tmp-{number[:-7]}{pid:07d}-x"}
 
 
 def test_json_is_canonical_and_round_trips(tmp_path):

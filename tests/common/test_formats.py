@@ -1,15 +1,18 @@
 """Promises of docs/formats.md and the package's README: examples are what the code writes."""
 
 import hashlib
+import io
 import json
 import re
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import webdataset
 from worldloom.common import (
     Episodes,
     TokenShards,
@@ -97,6 +100,135 @@ def test_the_pages_own_reader_reads_what_we_write(tmp_path, write_shards, monkey
     exec(program, variables)
     assert np.array_equal(variables["codes"], episodes[-1].codes_thw)
     assert variables["row"]["key"] == TokenShards(tmp_path / "SHARDS").episodes[-1].key
+
+
+def read_by_the_page_alone(folder):
+    """Yield (key, split, codes, actions) of shards: json, tarfile and numpy, no code of ours."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["schema"] == "worldloom.token-shards/1"
+    spec, sizes = manifest["tokenizer"]["codes"], manifest["actions"]["sizes"]
+    smallest = {1 << 8: "u1", 1 << 16: "<u2", 1 << 32: "<u4"}
+    code_type = next(smallest[n] for n in sorted(smallest) if spec["vocab_size"] <= n)
+    levels = [spec["num_levels"]] if spec["num_levels"] > 1 else []
+    for row in manifest["episodes"]:
+        shard = manifest["shards"][row["shard"]]
+        t = 1 + -(-(row["num_frames"] - 1) // spec["frames_per_latent"])
+        shapes = {
+            "codes": (code_type, [t, spec["grid_height"], spec["grid_width"], *levels]),
+            "actions": ("u1" if max(sizes, default=0) <= 256 else "<u2",
+                        [row["num_frames"] - 1, len(sizes)]),
+        }  # fmt: skip
+        arrays = {}
+        with tarfile.open(folder / shard["file"], "r:") as tar:
+            about = json.load(tar.extractfile(f"{row['key']}.json"))
+            for name, (dtype, shape) in shapes.items():
+                member = tar.getmember(f"{row['key']}.{name}.npy")
+                place = (row[f"{name}_offset"], row[f"{name}_bytes"])
+                assert (member.offset_data, member.size) == place
+                array = np.load(io.BytesIO(tar.extractfile(member).read()), allow_pickle=False)
+                assert (array.dtype.str.lstrip("|"), list(array.shape)) == (dtype, shape)
+                arrays[name] = array
+        assert about.pop("metadata") is not None
+        assert about == {name: row[name] for name in about}
+        assert t == row["latent_frames"]
+        assert (arrays["codes"] < spec["vocab_size"]).all()
+        assert (arrays["actions"] < np.asarray(sizes, int)).all()
+        yield row["key"], row["split"], arrays["codes"], arrays["actions"]
+
+
+@pytest.mark.parametrize("vocab_size", [256, 300, 70_000])
+@pytest.mark.parametrize(("stride", "levels"), [(1, 1), (2, 1), (2, 3)])
+def test_a_reader_made_of_this_page_reads_what_was_written_and_so_do_ours_and_webdataset(
+    tmp_path, write_shards, tokenizer_spec, any_actions, vocab_size, stride, levels
+):
+    codes = replace(
+        tokenizer_spec.codes, vocab_size=vocab_size, frames_per_latent=stride, num_levels=levels
+    )
+    spec = replace(tokenizer_spec, codes=codes)
+    written = write_shards(
+        tmp_path, tokenizer=spec, actions=any_actions, lengths=((5, 1, 9), (4,), (8, 2))
+    )
+    read = list(read_by_the_page_alone(tmp_path))
+    assert [(key, split) for key, split, _, _ in read] == [(e.key, e.split) for e in written]
+    shards = TokenShards(tmp_path)
+    urls = sorted(str(path) for path in tmp_path.glob("shard-*.tar"))
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [e.key for e in written]
+    for index, (episode, (_, _, codes_thw, slots_TA)) in enumerate(zip(written, read, strict=True)):
+        for other in (
+            episode.codes_thw,
+            shards.codes_thw(index),
+            np.load(io.BytesIO(samples[index]["codes.npy"]), allow_pickle=False),
+        ):
+            assert np.array_equal(codes_thw, other)  # fmt: skip
+        for other in (
+            episode.slots_TA,
+            shards.slots_TA(index),
+            np.load(io.BytesIO(samples[index]["actions.npy"]), allow_pickle=False),
+        ):
+            assert np.array_equal(slots_TA, other)  # fmt: skip
+        assert json.loads(samples[index]["json"])["num_frames"] == episode.num_frames
+
+
+@pytest.fixture
+def sizes_of():
+    """The page's own formula."""
+    (program,) = re.findall(r"<!-- run: size -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    variables: dict[str, object] = {}
+    exec(program, variables)
+    return variables["shard_bytes"]
+
+
+@pytest.mark.parametrize("lengths", [(), (1,), (5, 1, 9), (100,) * 7, (1000, 3)])
+def test_a_shard_has_exactly_the_size_that_the_page_says(
+    tmp_path, write_shards, tokenizer_spec, any_actions, sizes_of, lengths
+):
+    for stride, levels, vocab_size in ((1, 1, 256), (2, 3, 70_000)):
+        codes = replace(
+            tokenizer_spec.codes, vocab_size=vocab_size, frames_per_latent=stride, num_levels=levels
+        )
+        folder = tmp_path / str(stride)
+        episodes = write_shards(
+            folder, tokenizer=replace(tokenizer_spec, codes=codes), actions=any_actions,
+            lengths=(lengths,),
+        )  # fmt: skip
+        with tarfile.open(folder / shard_name(0), "r:") as tar:
+            about = [info.size for info in tar if info.name.endswith(".json")]
+        rows = [
+            (episode.codes_thw.nbytes, episode.slots_TA.astype(any_actions.slot_dtype).nbytes, size)
+            for episode, size in zip(episodes, about, strict=True)
+        ]
+        assert (folder / shard_name(0)).stat().st_size == sizes_of(rows)
+
+
+@pytest.mark.parametrize(("vocab_size", "at_least"), [(256, 0.04), (1024, 0.02)])
+def test_a_token_takes_within_5_percent_of_the_smallest_type_that_holds_it(
+    tmp_path, write_shards, tokenizer_spec, vocab_size, at_least
+):
+    """64 episodes of 1,000 frames of 64 codes and one action a step."""
+    codes = replace(tokenizer_spec.codes, vocab_size=vocab_size, grid_height=8, grid_width=8)
+    write_shards(tmp_path, tokenizer=replace(tokenizer_spec, codes=codes), lengths=((1000,) * 64,))
+    smallest = 64 * (1000 * 64 * np.dtype(codes.dtype).itemsize + 999)
+    size = (tmp_path / shard_name(0)).stat().st_size
+    assert smallest < size < 1.05 * smallest
+    assert 0 < (size - smallest) / size - at_least < 0.01
+
+
+def test_what_an_episode_and_a_shard_cost_lies_within_what_the_page_says(sizes_of):
+    (low, high, shard) = (
+        int(n.replace(",", ""))
+        for n in re.search(
+            r"costs ([\d,]+) to ([\d,]+) bytes more .*?a shard at most ([\d,]+)\.", PAGE, re.DOTALL
+        ).groups()
+    )
+    blocks = [
+        512 * (3 + -(-(128 + codes) // 512) + -(-(128 + actions) // 512) + 1) - codes - actions
+        for codes in range(384, 897)
+        for actions in (384, 385)
+    ]
+    assert (min(blocks), max(blocks)) == (low, high)
+    rest = [sizes_of([(384 + 512 * n, 384, 512)]) - 512 * (6 + n) for n in range(60)]
+    assert max(rest) == shard
 
 
 def test_a_seal_is_the_hash_that_the_page_says(written):

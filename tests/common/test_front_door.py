@@ -13,20 +13,22 @@ SOURCE = ast.parse(Path(worldloom.common.__file__).read_text())
 
 PUBLIC = {
     "ActionArray", "ActionSpec", "Checkpoint", "CodeArray", "CodeSpec", "ConfigError", "Episode",
-    "EpisodeWriter", "Episodes", "EpisodesSpec", "FormatError", "Frames", "Interrupt",
-    "MismatchError",
+    "EpisodeRecord", "EpisodeWriter", "Episodes", "EpisodesSpec", "FormatError", "Frames",
+    "Interrupt", "MismatchError",
     "Muon", "ResizeRule", "RunLog", "ShapeError", "ShardRecord", "SlotArray",
     "StorageError", "TokenEpisode", "TokenShards", "TokenizerSpec", "TrainingError",
-    "WeightAverage", "WorldloomError", "atomic_folder", "bind_shape", "build", "decay_groups",
-    "derive_seed",
+    "WeightAverage", "WorldloomError", "atomic_folder", "bind_shape", "build", "check_key",
+    "decay_groups", "derive_seed",
     "describe_difference", "environment", "failpoint", "file_sha256", "fingerprint",
     "finished_shard", "format_metrics", "is_leftover",
     "lazy_exports", "library_seed", "load_checkpoint",
     "load_model", "load_optimizer", "load_weights", "nearest", "newest_checkpoint", "npy_array",
-    "npy_bytes", "numpy_stream", "optimizer_tensors", "partial", "progress", "read_json",
+    "npy_bytes", "numpy_stream", "optimizer_tensors", "parse_json", "partial", "progress",
+    "read_json", "read_limited",
     "read_metrics", "read_toml", "remove_leftovers", "save_checkpoint", "save_model", "say",
-    "set_learning_rate", "shard_name", "storage_errors", "stream", "to_json", "to_plain",
-    "warmup_cosine", "write_bytes", "write_json", "write_manifest", "write_shard",
+    "set_learning_rate",
+    "shard_bytes", "shard_name", "storage_errors", "stream", "stream_episodes", "to_json",
+    "to_plain", "warmup_cosine", "write_bytes", "write_json", "write_manifest", "write_shard",
 }  # fmt: skip
 
 

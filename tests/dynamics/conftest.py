@@ -21,3 +21,9 @@ def one_thread() -> Iterator[None]:
 def mover_shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
     """Six walks of twelve frames; e5 is held out. Do not change them."""
     return Mover(STEER).write(tmp_path_factory.mktemp("toys") / "shards", episodes=6, num_frames=12)
+
+
+@pytest.fixture(scope="session")
+def walks(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
+    """Nine walks of nine frames in three shards; e8 is held out. Do not change them."""
+    return Mover(STEER).write(tmp_path_factory.mktemp("walks") / "shards", episodes=9, num_frames=9)

@@ -43,7 +43,10 @@ def outcome(run: Path) -> dict[str, object]:
         "weights": (run / "model" / "model.safetensors").read_bytes(),
         "config": (run / "model" / "config.json").read_bytes(),
         "card": (run / "model" / "README.md").read_bytes(),
-        "metrics": [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in rows],
+        "metrics": [
+            {k: v for k, v in r.items() if k not in ("tokens_per_s", "data_wait_share")}
+            for r in rows
+        ],
         "leftovers": [str(path) for path in run.rglob("tmp-*")],
     }
 

@@ -12,8 +12,9 @@ import worldloom.dynamics
 SOURCE = ast.parse(Path(worldloom.dynamics.__file__).read_text())
 
 PUBLIC = {
-    "DynamicsConfig", "DynamicsModel", "DynamicsSpec", "DynamicsTrainingConfig", "NULL", "Rollout",
-    "SamplingConfig", "Snapshot", "WindowBatch", "Windows", "cross_entropy", "generate_codes",
+    "DynamicsConfig", "DynamicsModel", "DynamicsSpec", "DynamicsTrainingConfig", "Mixture", "NULL",
+    "Rollout", "SamplingConfig", "Snapshot", "StreamConfig", "WindowBatch", "WindowSource",
+    "WindowStream", "Windows", "check_alike", "cross_entropy", "generate_codes", "open_held_out",
     "sample_codes", "train_dynamics_model", "validate",
 }  # fmt: skip
 

@@ -1,13 +1,16 @@
 """Promises of windows.py: exact cuts of episodes, in an order that is a function of the seed."""
 
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from dynamics.toys import STEER, code_spec, write_shards
 from worldloom.common import ActionSpec, FormatError, TokenShards
-from worldloom.dynamics import NULL, Windows
+from worldloom.dynamics import NULL, StreamConfig, Windows, WindowStream
+from worldloom.dynamics.windows import widened
 
 LENGTHS = (9, 1, 3, 12, 2, 8, 5, 7)
 """Latent frames; e1 is too short for anything, e7 is held out."""
@@ -156,3 +159,58 @@ def test_batches_move_and_split_row_by_row(mover_shards):
     assert torch.equal(part.codes_Bthw, batch.codes_Bthw[2:4])
     assert torch.equal(part.slots_BTA, batch.slots_BTA[2:4])
     assert torch.equal(part.valid_Bt, batch.valid_Bt[2:4])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32"])
+def test_codes_become_the_same_int64_on_a_device_as_on_the_cpu(dtype):
+    most = np.iinfo(dtype).max
+    codes = np.array([[0, 1, most // 2, most // 2 + 1, most]], dtype)
+    wide = widened(codes, "cpu")
+    assert wide.dtype == torch.int64
+    assert wide.tolist() == codes.astype(np.int64).tolist()
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is not a mapped file."""
+    told = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(r"Anonymous: +(\d+) kB", told)[1]) * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="this system does not tell such memory"
+)
+@pytest.mark.parametrize("kind", ["mapped", "stream"])
+def test_memory_is_flat_from_1_to_100_shards(tmp_path, kind):
+    """Of 40 MB in 100 shards under 4 MB stay: the index, and the buffer of a stream."""
+    codes = code_spec(height=16, width=16, vocab_size=300)
+    rng = np.random.default_rng(0)
+
+    def episode():
+        # Small until it is written: memory that was freed would hide what is kept later.
+        codes_t11 = rng.integers(0, 300, (100, 1, 1))
+        return np.broadcast_to(codes_t11, (100, 16, 16)), rng.integers(0, 5, (99, 1))
+
+    def write(name, count):
+        folder = tmp_path / name
+        episodes = (episode() for _ in range(8 * count))
+        return write_shards(folder, list(episodes), codes, STEER, per_shard=8).folder
+
+    def growth(folder):
+        before = anonymous_bytes()
+        elsewhere = kind == "stream"
+        shards = TokenShards(folder, tars_elsewhere=elsewhere)
+        if elsewhere:
+            stream = StreamConfig(url=str(folder / "{file}"), lanes=4, buffer_windows=64)
+            windows = WindowStream(shards, "train", window_frames=8, stream=stream)
+        else:
+            windows = Windows(shards, "train", window_frames=8)
+        for index in range(600):  # a pass through the stream, and 6 windows of each episode
+            windows.batch(index, size=16, seed=0)
+        return anonymous_bytes() - before
+
+    small, large = write("small", 1), write("large", 100)
+    growth(small)  # what libraries allocate when they are first used
+    grown = {folder.name: growth(folder) for folder in (small, large)}
+    assert grown["large"] < 4 << 20, grown
+    assert sum(path.stat().st_size for path in large.glob("*.tar")) > 40 << 20

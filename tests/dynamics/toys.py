@@ -24,6 +24,7 @@ from worldloom.dynamics import (
     DynamicsModel,
     DynamicsSpec,
     DynamicsTrainingConfig,
+    StreamConfig,
     train_dynamics_model,
 )
 
@@ -257,19 +258,29 @@ def tiny(**sizes: object) -> DynamicsConfig:
 
 
 def train(
-    shards: Path,
+    shards: Path | Sequence[Path],
     run: Path,
     *,
     model: DynamicsConfig | None = None,
+    weights: Sequence[float] | None = None,
+    stream: StreamConfig | None = None,
     on_validation: Callable[[DynamicsModel, int], None] | None = None,
     **settings: object,
 ) -> Path:
-    """Train a tiny model on a folder of shards."""
+    """Train a tiny model on a folder of shards, or on several."""
+    elsewhere = stream is not None
+    opened: TokenShards | list[TokenShards]
+    if isinstance(shards, Path):
+        opened = TokenShards(shards, tars_elsewhere=elsewhere)
+    else:
+        opened = [TokenShards(folder, tars_elsewhere=elsewhere) for folder in shards]
     return train_dynamics_model(
-        TokenShards(shards),
+        opened,
         run,
         model=model or tiny(),
         training=replace(TRAINING, **settings),  # type: ignore[arg-type]
+        weights=weights,
+        stream=stream,
         cpu=True,
         on_validation=on_validation,
     )

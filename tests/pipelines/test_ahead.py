@@ -4,12 +4,12 @@ import threading
 import time
 
 import pytest
-from worldloom.pipelines.ahead import ahead
+from worldloom.pipelines.ahead import Ahead
 
 
 def test_items_come_as_they_are_made_and_in_order():
-    assert list(ahead(number for number in range(100))) == list(range(100))
-    assert list(ahead(number for number in ())) == []
+    assert list(Ahead(number for number in range(100))) == list(range(100))
+    assert list(Ahead(number for number in ())) == []
 
 
 def test_the_next_item_is_made_while_one_is_used_and_no_further_ones():
@@ -21,10 +21,10 @@ def test_the_next_item_is_made_while_one_is_used_and_no_further_ones():
             wanted.release()
             yield number
 
-    read = ahead(items())
+    read = Ahead(items())
+    assert wanted.acquire(timeout=30)  # 0 is made although nobody asked for it
     assert next(read) == 0
-    for _ in range(2):
-        assert wanted.acquire(timeout=30)  # 1 is made although nobody asked for it
+    assert wanted.acquire(timeout=30)  # and so is 1
     time.sleep(0.05)
     assert made == [0, 1]
     read.close()
@@ -41,7 +41,7 @@ def test_an_error_is_raised_in_its_turn_and_the_generator_is_closed():
         finally:
             closed.append(True)
 
-    read = ahead(items())
+    read = Ahead(items())
     assert [next(read), next(read)] == [1, 2]
     with pytest.raises(OSError, match="the disk is gone"):
         next(read)
@@ -57,7 +57,7 @@ def test_leaving_early_closes_the_generator_and_leaves_no_thread():
         finally:
             closed.append(True)
 
-    read = ahead(items())
+    read = Ahead(items())
     assert next(read) == 0
     read.close()
     assert closed == [True]

@@ -150,8 +150,8 @@ def test_the_help_lists_the_commands_in_the_order_of_the_data_and_fits_80_column
     shown = capsys.readouterr().out
     listed = [name for name in re.findall(r"^  (\S+)  ", shown, re.MULTILINE) if name in COMMANDS]
     assert listed == [
-        "record", "train-tokenizer", "tokenize", "train-dynamics", "generate", "evaluate", "demo",
-        "info", "doctor",
+        "record", "ingest", "train-tokenizer", "tokenize", "shards", "train-dynamics", "generate",
+        "evaluate", "demo", "info", "doctor",
     ]  # fmt: skip
     assert "worldloom demo --output runs/demo" in shown
     assert max(map(len, shown.splitlines())) <= 80

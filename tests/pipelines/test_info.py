@@ -20,6 +20,7 @@ from worldloom.common import (
     RunLog,
     TokenEpisode,
     TokenizerSpec,
+    TokenShards,
     save_checkpoint,
     save_model,
     to_plain,
@@ -27,9 +28,11 @@ from worldloom.common import (
     write_manifest,
     write_shard,
 )
+from worldloom.pipelines import info_data
 from worldloom.pipelines.demo import StageRecord
 from worldloom.pipelines.generate import GenerateConfig, generate
 from worldloom.pipelines.info import InfoConfig, describe, info
+from worldloom.tokenizer.metrics import count_codes
 
 LENGTHS = (5, 9, 4)
 ACTIONS = ActionSpec.discrete(["left", "right", "fire"])
@@ -173,6 +176,147 @@ def test_shards_show_fingerprint_splits_and_the_codes_that_are_used(shards):
     assert (usage["codes_used"], usage["codes_used_fraction"]) == (3, 0.3)
     assert usage["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
     assert about["actions"]["histogram"] == {"left": 4, "right": 8, "fire": 3}
+
+
+def test_shards_tell_their_sizes_and_what_a_token_takes(shards):
+    about = describe(shards)
+    frames, tar_bytes = sum(LENGTHS), (shards / "shard-000000.tar").stat().st_size
+    codes, slots = 4 * frames, frames - 3
+    assert (about["num_codes"], about["num_action_slots"]) == (codes, slots)
+    assert (about["num_tokens"], about["all_shards_bytes"]) == (codes + slots, tar_bytes)
+    assert about["bytes_per_token"] == tar_bytes / (codes + slots)
+    assert about["overhead_fraction"] == (tar_bytes - codes - slots) / tar_bytes
+    assert about["episode_frames"] == {"min": 4, "median": 5.0, "max": 9}
+    assert about["code_usage"]["code_change_rate"] == 0  # every episode is of one code
+
+
+def test_the_json_of_shards_has_these_keys_on_which_a_program_may_rely(shards):
+    about = json.loads(info(InfoConfig(path=shards, json=True)))
+    assert sorted(about) == sorted([
+        "kind", "path", "size_bytes", "num_shards", "num_episodes", "num_frames", "latent_frames",
+        "num_codes", "num_action_slots", "num_tokens", "all_shards_bytes", "bytes_per_token",
+        "overhead_fraction", "fps", "frame_skip", "episode_frames", "splits", "fingerprint",
+        "tokenizer", "code_usage", "actions", "metrics", "skipped", "source", "verified",
+    ])  # fmt: skip
+    assert sorted(about["code_usage"]) == sorted([
+        "vocab_size", "codes_used", "codes_used_fraction", "perplexity", "code_change_rate",
+        "by_rank", "counted_fraction", "most_frequent",
+    ])  # fmt: skip
+    assert sorted(about["actions"]) == sorted(
+        ["kind", "names", "steps", "histogram", "counted_fraction"]
+    )
+
+
+@pytest.fixture
+def write_random(tmp_path):
+    """Write shards of random codes; return their folder and the codes of each episode."""
+
+    def write(lengths=(40, 1, 23), *, num_levels=1, source=None, vocab_size=50):
+        codes = CodeSpec(
+            vocab_size=vocab_size, grid_height=2, grid_width=3, code_dim=2, num_levels=num_levels
+        )
+        tokenizer = TokenizerSpec(
+            name="image", codes=codes, height=6, width=8, resize="exact", fps=10, frame_skip=4,
+            compute_dtype="float32", fingerprint=FINGERPRINT,
+        )  # fmt: skip
+        rng = np.random.default_rng(0)
+        every = [rng.integers(0, 9, codes.codes_shape(t)).astype(np.uint8) for t in lengths]
+        rows = [
+            TokenEpisode(
+                key=f"e{number}", split="train", codes_thw=codes_thw, num_frames=len(codes_thw),
+                slots_TA=rng.integers(0, 3, (len(codes_thw) - 1, 1)),
+            )
+            for number, codes_thw in enumerate(every)
+        ]  # fmt: skip
+        shape = ((num_levels,) if num_levels > 1 else ()) + (vocab_size, 2)
+        folder = tmp_path / f"random-{num_levels}-{len(lengths)}"
+        record = write_shard(folder, 0, rows, codes=codes, actions=ACTIONS)
+        write_manifest(
+            folder, [record], tokenizer=tokenizer, actions=ACTIONS, fps=10, frame_skip=4,
+            codebook_VZ=np.zeros(shape, np.float32), metrics={}, source=source or {},
+        )  # fmt: skip
+        return folder, codes, every
+
+    return write
+
+
+@pytest.mark.parametrize("num_levels", [1, 3])
+@pytest.mark.parametrize("block_codes", [1, 100, 1 << 20])
+def test_the_use_of_codes_is_what_evaluate_counts_however_it_is_read(
+    write_random, monkeypatch, num_levels, block_codes
+):
+    monkeypatch.setattr(info_data, "_BLOCK_CODES", block_codes)
+    folder, spec, every = write_random(num_levels=num_levels)
+    counts = [count_codes(torch.from_numpy(codes_thw)[None], spec) for codes_thw in every]
+    wanted = (counts[0] + counts[1] + counts[2]).numbers()
+    usage = describe(folder)["code_usage"]
+    for name in ("codes_used_fraction", "perplexity", "code_change_rate"):
+        assert usage[name] == pytest.approx(wanted[name])
+        if num_levels > 1:
+            assert usage["levels"][name] == pytest.approx(wanted["levels"][name])
+    assert usage["counted_fraction"] == 1
+    assert 0.5 < usage["code_change_rate"] <= 1
+
+
+def test_the_histogram_of_codes_has_the_most_frequent_first_and_sums_to_one(write_random):
+    folder, _, every = write_random()
+    usage = describe(folder)["code_usage"]
+    counts = np.bincount(np.concatenate([codes.reshape(-1) for codes in every]), minlength=50)
+    order = np.argsort(-counts, kind="stable")[:5]
+    assert list(usage["most_frequent"]) == [str(code) for code in order]
+    assert list(usage["most_frequent"].values()) == pytest.approx(counts[order] / counts.sum())
+    assert len(usage["by_rank"]) == 25  # of two codes each: 32 bars at most
+    assert sum(usage["by_rank"]) == pytest.approx(1)
+    assert usage["by_rank"] == sorted(usage["by_rank"], reverse=True)
+    assert usage["by_rank"][0] == pytest.approx(counts[order][:2].sum() / counts.sum())
+    text = info(InfoConfig(path=folder))
+    assert re.search(r"by rank +█[▁▂▃▄▅▆▇█]{24}\n", text)
+    assert re.search(rf"most frequent +{order[0]} \d+\.\d%, {order[1]} ", text)
+
+
+def test_of_a_large_corpus_a_sample_is_counted_always_the_same_and_the_share_is_told(
+    write_random, monkeypatch
+):
+    folder, _, _ = write_random((40,) * 12)
+    full = describe(folder)
+    assert full["code_usage"]["counted_fraction"] == full["actions"]["counted_fraction"] == 1
+    monkeypatch.setattr(info_data, "_BLOCK_CODES", 60)  # 48 stretches of 10 frames
+    monkeypatch.setattr(info_data, "_COUNTED_CODES", 1000)
+    monkeypatch.setattr(info_data, "_COUNTED_SLOTS", 200)
+    about = describe(folder)
+    assert about["code_usage"]["counted_fraction"] == pytest.approx(1 / 3)  # 16 stretches of 48
+    assert about["actions"]["counted_fraction"] == pytest.approx(1 / 3)  # 4 episodes of 12
+    assert about == describe(folder)
+    assert about["code_usage"]["code_change_rate"] == pytest.approx(
+        full["code_usage"]["code_change_rate"], abs=0.05
+    )
+    assert about["num_codes"] == full["num_codes"]
+    assert "33.3%" in info(InfoConfig(path=folder))
+    monkeypatch.setattr(info_data, "_COUNTED_READS", 3)
+    reads = []
+    read = TokenShards.codes_thw
+    monkeypatch.setattr(TokenShards, "codes_thw", lambda *a: reads.append(a) or read(*a))
+    describe(folder)
+    assert len(reads) == 3
+
+
+def test_what_was_skipped_is_told_with_its_reason_also_of_shards_that_were_merged(write_random):
+    folder, _, _ = write_random(
+        source={"sources": [{"source": {"skipped": {"bad": "bad.mp4: cut short"}}}, {}],
+                "episodes": {"skipped": {"worse": "no frames"}}},
+    )  # fmt: skip
+    assert describe(folder)["skipped"] == {"bad": "bad.mp4: cut short", "worse": "no frames"}
+    assert "bad.mp4: cut short" in info(InfoConfig(path=folder))
+
+
+def test_a_vocabulary_that_a_forged_manifest_claims_fills_no_memory(write_random):
+    folder, _, _ = write_random()
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["tokenizer"]["codes"]["vocab_size"] = 256  # still uint8
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match=r"must be float32 \(256, 2\)"):
+        describe(folder)
 
 
 def test_a_model_shows_its_fingerprint_its_config_and_its_parameters(model):
@@ -334,6 +478,9 @@ def test_a_path_that_is_nothing_of_ours_is_refused_saying_what_was_expected(tmp_
         describe(tmp_path / "empty")
     with pytest.raises(FormatError, match=r"inside it there are episodes \(episodes\)"):
         describe(tmp_path)
+    (tmp_path / "empty" / "plan.json").write_text("{}")
+    with pytest.raises(FormatError, match="token shards that is not finished: run its command"):
+        describe(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def chain(tmp_path_factory):
 
 def training(folder, **settings):
     return TrainDynamicsConfig(
-        shards=folder / "shards",
+        shards=(folder / "shards",),
         output=folder / "run",
         tokenizer=str(folder / "tokenizer"),
         cpu=True,

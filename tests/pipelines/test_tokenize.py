@@ -48,7 +48,7 @@ def episodes_folder(tmp_path_factory):
 def words(episodes_folder, tokenizer_folder):
     """The command line but for --output: two episodes a shard, three shards."""
     return ("tokenize", "--episodes", episodes_folder, "--tokenizer", tokenizer_folder,
-            "--shard-episodes", 2, "--device", "cpu", "--output")  # fmt: skip
+            "--shard-episodes", 2, "--device", "cpu", "--workers", 1, "--output")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

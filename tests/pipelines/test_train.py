@@ -85,7 +85,7 @@ def numbers(run):
     The held-out numbers at the end stand twice if a kill came between them and the model's saving.
     """
     rows = [
-        {key: value for key, value in row.items() if not re.search(r"second|per_s", key)}
+        {key: value for key, value in row.items() if not re.search(r"second|per_s|wait", key)}
         for row in read_metrics(run)
     ]
     return [row for place, row in enumerate(rows) if row not in rows[:place]]

@@ -1,8 +1,8 @@
-"""What a command refuses before it reads: numbers too low, folders not its own."""
+"""What a command refuses before it reads: numbers too low, folders not its own, no files."""
 
 from pathlib import Path
 
-from worldloom.common import ConfigError
+from worldloom.common import ConfigError, FormatError
 
 
 def require_at_least(low: int, settings: object, /, *names: str) -> None:
@@ -34,3 +34,19 @@ def require_own_output(output: Path, /, *, sign: str, command: str) -> None:
         raise ConfigError(
             f"{output}: exists and was not written by {command}; choose another --output"
         )
+
+
+def require_file(path: Path, /, *, expected: str) -> None:
+    """Refuse what is no ordinary file that may be read: who reads a pipe waits for ever.
+
+    Raises:
+        FormatError: naming it.
+    """
+    try:
+        if path.is_file():
+            with path.open("rb"):
+                return
+        what = "not an ordinary file" if path.exists() else "not found"
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
+    raise FormatError(f"{path}: {what}; expected {expected}")

@@ -43,12 +43,19 @@ COMMANDS = {
     for command in (
         Command("record", "play a game, write episodes", "record", "RecordConfig", True),
         Command(
+            "ingest", "recordings of yours -> episodes", "ingest", "IngestConfig", True
+        ),
+        Command(
             "train-tokenizer", "episodes -> a tokenizer: frames to codes and back",
             "train_tokenizer", "TrainTokenizerConfig", True,
         ),
         Command(
             "tokenize", "episodes -> token shards, once, offline",
             "tokenize", "TokenizeConfig", True,
+        ),
+        Command(
+            "shards", "token shards -> others: merged, split, or some of them",
+            "shard_tools", "ShardsConfig", True,
         ),
         Command(
             "train-dynamics", "token shards -> a model of what comes next",

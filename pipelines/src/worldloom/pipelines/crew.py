@@ -15,7 +15,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -50,7 +50,7 @@ class Crew:
 
     def __init__(self, open_worker: Callable[[Any], Worker], job: Any, /, *, size: int) -> None:
         self._open_worker = open_worker
-        self._job = job
+        self._jobs = [job] * size
         self._size = size
         self._processes: list[SpawnProcess] = []
         self._pipes: list[Connection] = []
@@ -58,16 +58,23 @@ class Crew:
         self.greetings: list[Any] = []
         """What every worker said once it was open."""
 
+    @classmethod
+    def with_jobs(cls, open_worker: Callable[[Any], Worker], jobs: Sequence[Any], /) -> Self:
+        """Return a crew of one process a job, as where each takes a GPU of its own."""
+        crew = cls(open_worker, None, size=len(jobs))
+        crew._jobs = list(jobs)
+        return crew
+
     def __enter__(self) -> Self:
         self._folder = Path(tempfile.mkdtemp(prefix="worldloom-"))
         context = multiprocessing.get_context("spawn")
         try:
-            for number in range(self._size):
+            for number, job in enumerate(self._jobs):
                 ours, theirs = context.Pipe()
                 folder = self._folder / str(number)
                 folder.mkdir()
                 process = context.Process(
-                    target=_serve, args=(theirs, folder, self._open_worker, self._job)
+                    target=_serve, args=(theirs, folder, self._open_worker, job)
                 )
                 process.start()
                 theirs.close()
@@ -174,6 +181,9 @@ def _serve(pipe: Connection, folder: Path, open_worker: Callable[[Any], Worker],
             pipe.send(("error", error))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # there are no more tasks
+    finally:
+        # Whoever ends us now need not wait, and Python's way out would complain of our handler.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:

@@ -4,7 +4,7 @@
     videos                      -> encode_videos      -> codes_thw of each
     codes_thw of each           -> decode_videos      -> frames_THWC of each
     videos                      -> reconstructed_clips -> true and decoded clips
-    true and decoded clips      -> clip_psnr          -> PSNR, PSNR of what moves
+    true and decoded clips      -> squared_errors     -> sums  ->  PSNR, PSNR of what moves
 
 A video is an iterable of frames_THWC pieces, so that a long episode need not fit into memory.
 Videos of like length go through the tokenizer together: one that ends first repeats its last
@@ -13,7 +13,7 @@ frame, and what came of that is cut off again, which a causal tokenizer allows.
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, groupby, zip_longest
 from operator import itemgetter
 from pathlib import Path
@@ -26,7 +26,7 @@ from worldloom.common import Episodes, Frames, MismatchError, TokenizerSpec, say
 from worldloom.tokenizer import VideoTokenizer, resize_frames
 from worldloom.tokenizer.metrics import decibels, moving_pixels, squared_error
 
-from .ahead import ahead
+from .ahead import Ahead
 
 Row = TypeVar("Row")
 
@@ -87,6 +87,35 @@ class EpisodeFrames:
                 yield torch.from_numpy(np.array(fit(piece, self.spec)))
 
 
+Group = tuple[Sequence[int], Tensor]
+"""Numbers of the videos that go through the tokenizer side by side, and a piece of each."""
+
+
+def side_by_side(
+    videos: Sequence[Video], lengths: Sequence[int], /, *, batch: int
+) -> Generator[Group, None, None]:
+    """Yield the pieces of every video, `batch` videos of like length at a time, stacked."""
+    for indices in _alike(lengths, batch):
+        with closing(_stacked([videos[index] for index in indices])) as stacked:
+            for piece in stacked:
+                yield indices, piece
+
+
+def encode_groups(groups: Iterable[Group], tokenizer: VideoTokenizer, /) -> dict[int, Tensor]:
+    """Return codes_thw of each video of `side_by_side`, by its number.
+
+    They cover what was put behind a video that ended before the longest beside it: cut them.
+    """
+
+    def encode(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+        session = tokenizer.open_encoder()
+        for frames_BTHWC in pieces:
+            yield session.push(frames_BTHWC)
+        yield session.flush()
+
+    return _each(groups, encode)
+
+
 def encode_videos(
     videos: Sequence[Video], lengths: Sequence[int], tokenizer: VideoTokenizer, /, *, batch: int
 ) -> list[Tensor]:
@@ -98,15 +127,10 @@ def encode_videos(
         tokenizer: encodes them.
         batch: videos at once.
     """
-
-    def encode(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
-        session = tokenizer.open_encoder()
-        for frames_BTHWC in pieces:
-            yield session.push(frames_BTHWC)
-        yield session.flush()
-
+    with closing(Ahead(side_by_side(videos, lengths, batch=batch))) as groups:
+        codes = encode_groups(groups, tokenizer)
     latent_frames = tokenizer.spec.codes.latent_frames
-    return _each(videos, lengths, encode, [latent_frames(length) for length in lengths], batch)
+    return [codes[index][: latent_frames(length)] for index, length in enumerate(lengths)]
 
 
 def decode_videos(
@@ -120,21 +144,39 @@ def decode_videos(
             yield session.push(codes_Bthw)
 
     videos = [[codes_thw] for codes_thw in codes]
-    return _each(videos, [len(codes_thw) for codes_thw in codes], decode, lengths, batch)
+    latent_frames = [len(codes_thw) for codes_thw in codes]
+    with closing(Ahead(side_by_side(videos, latent_frames, batch=batch))) as groups:
+        frames = _each(groups, decode)
+    return [frames[index][:length] for index, length in enumerate(lengths)]
 
 
 def reconstructed_clips(
-    videos: Sequence[Video], lengths: Sequence[int], tokenizer: VideoTokenizer, /, *, batch: int
+    videos: Sequence[Video],
+    lengths: Sequence[int],
+    tokenizer: VideoTokenizer,
+    /,
+    *,
+    batch: int,
+    codes: Sequence[Tensor] | None = None,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Yield each video's clips of CLIP_FRAMES, the last perhaps shorter, true and decoded."""
+    """Yield each video's clips of CLIP_FRAMES, the last perhaps shorter, true and decoded.
+
+    Args:
+        videos: frames_THWC at the tokenizer's size.
+        lengths: frames of each.
+        tokenizer: encodes and decodes them.
+        batch: videos at once.
+        codes: codes_thw of each, where they were encoded before.
+    """
     for indices in _alike(lengths, batch):
-        encoder, decoder = tokenizer.open_encoder(), tokenizer.open_decoder()
-        spec = tokenizer.spec
+        known = None if codes is None else [codes[index] for index in indices]
+        encode = _encoding(tokenizer) if known is None else _looking_up(known, tokenizer)
+        decoder, spec = tokenizer.open_decoder(), tokenizer.spec
         empty = torch.empty((len(indices), 0, spec.height, spec.width, 3), dtype=torch.uint8)
         true_BTHWC, decoded_BTHWC, first = empty, empty, 0
-        with closing(_side_by_side([videos[index] for index in indices])) as pieces:
+        with closing(_stacked([videos[index] for index in indices])) as pieces:
             for piece in chain(pieces, [None]):
-                codes_Bthw = encoder.flush() if piece is None else encoder.push(piece)
+                codes_Bthw = encode(piece)
                 if piece is not None:
                     true_BTHWC = torch.cat([true_BTHWC, piece], dim=1)
                 if codes_Bthw.shape[1]:
@@ -153,23 +195,75 @@ def reconstructed_clips(
                     first += size
 
 
-def clip_psnr(clips: Iterable[tuple[Tensor, Tensor]], /) -> dict[str, float]:
-    """Return the PSNR over clips of true and decoded frames_THWC, in all and of what moves.
+def _encoding(tokenizer: VideoTokenizer) -> Callable[[Tensor | None], Tensor]:
+    """Return what encodes piece after piece; None stands for the end."""
+    encoder = tokenizer.open_encoder()
+    return lambda piece: encoder.flush() if piece is None else encoder.push(piece)
 
-    Squared errors are pooled before they become decibels; where nothing moves, it is that of
-    equal frames.
-    """
-    error = moving_error = 0.0
-    count = moving_count = 0
+
+def _looking_up(
+    codes: Sequence[Tensor], tokenizer: VideoTokenizer
+) -> Callable[[Tensor | None], Tensor]:
+    """Return what looks the codes of piece after piece up; None stands for the end."""
+    longest = max(map(len, codes))
+    codes_Bthw = torch.stack([_filled(codes_thw, longest) for codes_thw in codes])
+    frames = latents = 0
+
+    def look_up(piece: Tensor | None) -> Tensor:
+        nonlocal frames, latents
+        frames += 0 if piece is None else piece.shape[1]
+        start, latents = latents, tokenizer.spec.codes.latent_frames(frames)
+        return codes_Bthw[:, start:latents]
+
+    return look_up
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SquaredErrors:
+    """Squared errors of decoded frames, summed up: what can be added before it becomes decibels."""
+
+    squared_error: float = 0.0
+    """The sum over pixels; of each the mean over its channels, in [0, 1]."""
+    pixels: int = 0
+    moving_squared_error: float = 0.0
+    """The same over the pixels that move."""
+    moving_pixels: int = 0
+
+    def __add__(self, other: "SquaredErrors", /) -> "SquaredErrors":
+        """Return those of both."""
+        return SquaredErrors(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
+
+    def psnr(self) -> dict[str, float]:
+        """Return the PSNR in all and of what moves; where nothing does, that of equal frames."""
+        return {
+            "psnr_db": decibels(self.squared_error / max(1, self.pixels)),
+            "moving_psnr_db": decibels(self.moving_squared_error / max(1, self.moving_pixels)),
+        }
+
+
+def squared_errors(clips: Iterable[tuple[Tensor, Tensor]], /) -> SquaredErrors:
+    """Return the errors of clips of true and decoded frames_THWC, summed in float64."""
+    total = SquaredErrors()
     for true_THWC, decoded_THWC in clips:
         error_BTHW = squared_error(true_THWC[None], decoded_THWC[None]).double()
         moving = error_BTHW[moving_pixels(true_THWC[None])]
-        error, count = error + float(error_BTHW.sum()), count + error_BTHW.numel()
-        moving_error, moving_count = moving_error + float(moving.sum()), moving_count + len(moving)
-    return {
-        "psnr_db": decibels(error / max(1, count)),
-        "moving_psnr_db": decibels(moving_error / max(1, moving_count)),
-    }
+        total += SquaredErrors(
+            squared_error=float(error_BTHW.sum()),
+            pixels=error_BTHW.numel(),
+            moving_squared_error=float(moving.sum()),
+            moving_pixels=len(moving),
+        )
+    return total
+
+
+def clip_psnr(clips: Iterable[tuple[Tensor, Tensor]], /) -> dict[str, float]:
+    """Return the PSNR over clips of true and decoded frames_THWC, in all and of what moves.
+
+    Squared errors are pooled before they become decibels.
+    """
+    return squared_errors(clips).psnr()
 
 
 def batches(rows: Sequence[Row], size: int, /) -> Iterator[Sequence[Row]]:
@@ -184,33 +278,19 @@ def _alike(lengths: Sequence[int], batch: int) -> Iterator[Sequence[int]]:
 
 
 def _each(
-    videos: Sequence[Video],
-    lengths: Sequence[int],
-    function: Callable[[Iterator[Tensor]], Iterator[Tensor]],
-    kept: Sequence[int],
-    batch: int,
-) -> list[Tensor]:
-    """Put videos through a causal function of pieces, side by side; keep so much of each result."""
-
-    def pieces() -> Generator[tuple[Sequence[int], Tensor], None, None]:
-        for indices in _alike(lengths, batch):
-            with closing(_side_by_side([videos[index] for index in indices])) as stacked:
-                for piece in stacked:
-                    yield indices, piece
-
+    groups: Iterable[Group], function: Callable[[Iterator[Tensor]], Iterator[Tensor]]
+) -> dict[int, Tensor]:
+    """Put groups of videos through a causal function of pieces; return each video's result."""
     results: dict[int, Tensor] = {}
-    # One stream of all groups' pieces: a group's first is read while the one before is encoded.
-    with closing(ahead(pieces())) as read:
-        for indices, group in groupby(read, key=itemgetter(0)):
-            parts = [part.cpu() for part in function(piece for _, piece in group)]
-            # A session may hold frames back, so any part may be empty.
-            whole = torch.cat([part for part in parts if part.shape[1]], dim=1)
-            for index, row in zip(indices, whole, strict=True):
-                results[index] = row[: kept[index]]
-    return [results[index] for index in range(len(videos))]
+    for indices, group in groupby(groups, key=itemgetter(0)):
+        parts = [part.cpu() for part in function(piece for _, piece in group)]
+        # A session may hold frames back, so any part may be empty.
+        whole = torch.cat([part for part in parts if part.shape[1]], dim=1)
+        results.update(zip(indices, whole, strict=True))
+    return results
 
 
-def _side_by_side(videos: Sequence[Video]) -> Generator[Tensor, None, None]:
+def _stacked(videos: Sequence[Video]) -> Generator[Tensor, None, None]:
     """Yield a piece of every video at a time, stacked; one that ended repeats its last frame."""
     with ExitStack() as opened:
         # Closed here and not by the garbage collector: an error would keep their files open.

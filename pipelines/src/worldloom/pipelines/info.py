@@ -10,35 +10,32 @@ import json
 import math
 import tomllib
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tyro.conf import Positional
 from worldloom.common import (
+    ActionArray,
     ActionSpec,
     ConfigError,
     Episodes,
     FormatError,
-    SlotArray,
-    TokenShards,
     build,
     file_sha256,
     read_json,
     read_metrics,
+    say,
     to_json,
     write_bytes,
 )
 
 from .commands import COMMANDS
+from .info_data import describe_episodes, describe_shards
 from .info_text import render
 
-_COUNTED_CODES = 50_000_000
-"""Codes read to count their usage: a second's work, and plenty for a vocabulary of 2**16."""
 _PREVIEW_EPISODES = 4
 _PREVIEW_FRAMES = 10
 
@@ -60,7 +57,8 @@ class InfoConfig:
     verify: bool = False
     """Read every byte and compare it with the hashes there are; a difference is an error."""
     preview: Path | None = None
-    """Episodes: write a PNG of some frames, each under the action that leads to the next one."""
+    """Episodes: write a PNG of some frames, each under the action that leads on to the frame to its
+    right."""
 
 
 def info(config: InfoConfig) -> str:
@@ -97,10 +95,15 @@ def describe(path: Path, /, *, verify: bool = False) -> dict[str, Any]:
     if kind is None:
         inside = sorted(f"{p.name} ({_kind(p)})" for p in _subfolders(folder) if _kind(p))
         hint = f"; inside it there are {', '.join(inside)}" if inside else ""
+        if not inside and (folder / "plan.json").is_file():
+            hint = (
+                ". It has a plan.json, so it is a folder of token shards that is not finished: run "
+                "its command again, it continues where it stopped"
+            )
         raise FormatError(f"{path}: expected {_EXPECTED}, found none of their files{hint}")
     describe_kind = {
-        "episodes": _episodes,
-        "shards": _shards,
+        "episodes": describe_episodes,
+        "shards": describe_shards,
         "tokenizer": _model,
         "dynamics": _model,
         "checkpoint": _checkpoint,
@@ -153,65 +156,6 @@ def _inside(folder: Path) -> dict[str, str]:
 def _size(folder: Path) -> int:
     """Return the bytes of everything inside."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _episodes(folder: Path, verify: bool) -> dict[str, Any]:
-    """Describe a folder of episodes; with `verify`, read every frame."""
-    episodes = Episodes(folder)
-    spec = episodes.spec
-    lengths, returns, slots = [], [], []
-    for key in episodes.keys:
-        with episodes.open(key) as episode:
-            lengths.append(episode.num_frames)
-            slots.append(spec.actions.encode(episode.actions))
-            if (rewards := episode.rewards) is not None:
-                returns.append(float(rewards.sum()))
-            if verify:
-                for _ in episode.pieces():
-                    pass
-    by_key = dict(zip(episodes.keys, lengths, strict=True))
-    return {
-        "num_episodes": len(lengths),
-        "num_frames": sum(lengths),
-        "seconds": sum(lengths) / spec.fps,
-        "height": spec.height,
-        "width": spec.width,
-        "fps": spec.fps,
-        "frame_skip": spec.frame_skip,
-        "episode_frames": _spread(lengths),
-        "episode_return": _spread(returns),
-        "splits": _splits((name, by_key[key]) for name in _SPLITS for key in episodes.split(name)),
-        "actions": _actions(spec.actions, slots),
-        "source": dict(spec.source),
-        "verified": verify,
-    }
-
-
-def _shards(folder: Path, verify: bool) -> dict[str, Any]:
-    """Describe token shards; with `verify`, hash every byte."""
-    shards = TokenShards(folder)
-    if verify:
-        shards.verify()
-    codes = shards.codes
-    latent_frames = sum(row.latent_frames for row in shards.episodes)
-    per_frame = codes.cells * codes.num_levels
-    return {
-        "num_shards": len(shards.manifest["shards"]),
-        "num_episodes": len(shards.episodes),
-        "num_frames": sum(row.num_frames for row in shards.episodes),
-        "latent_frames": latent_frames,
-        "num_codes": latent_frames * per_frame,
-        "fps": shards.fps,
-        "frame_skip": shards.frame_skip,
-        "splits": _splits((row.split, row.num_frames) for row in shards.episodes),
-        "fingerprint": shards.tokenizer.fingerprint,
-        "tokenizer": shards.tokenizer.to_dict(),
-        "code_usage": _code_usage(shards),
-        "actions": _actions(shards.actions, map(shards.slots_TA, range(len(shards.episodes)))),
-        "metrics": shards.metrics,
-        "source": shards.source,
-        "verified": verify,
-    }
 
 
 def _model(folder: Path, verify: bool) -> dict[str, Any]:
@@ -376,87 +320,6 @@ def _verify_zip(path: Path) -> None:
         raise FormatError(f"{path}: its member {damaged} is damaged; generate it again")
 
 
-_SPLITS = ("train", "validation")
-
-
-def _splits(rows: Iterable[tuple[str, int]]) -> dict[str, dict[str, int]]:
-    """Count episodes and frames of every split."""
-    splits = {name: {"num_episodes": 0, "num_frames": 0} for name in _SPLITS}
-    for name, num_frames in rows:
-        splits[name]["num_episodes"] += 1
-        splits[name]["num_frames"] += num_frames
-    return splits
-
-
-def _spread(values: list[Any]) -> dict[str, float] | None:
-    """Return the least, middle and greatest of some numbers."""
-    if not values:
-        return None
-    return {"min": min(values), "median": float(np.median(values)), "max": max(values)}
-
-
-def _actions(spec: ActionSpec, slots: Iterable[SlotArray]) -> dict[str, Any]:
-    """Return the action spec and how often every action was chosen.
-
-    `histogram` maps a choice or a key to its number of steps; for several axes, an axis to such
-    numbers, one a value or bin from the lowest. Keys that are held together count each.
-    """
-    counts = [np.zeros(size, np.int64) for size in spec.sizes]
-    none = steps = 0
-    for slots_TA in slots:
-        steps += len(slots_TA)
-        for slot, count in enumerate(counts):
-            count += np.bincount(slots_TA[:, slot], minlength=len(count))
-        none += int((slots_TA == 0).all(1).sum()) if spec.kind == "keys" else 0
-    histogram: dict[str, Any] = {}
-    if spec.kind == "discrete":
-        histogram = dict(zip(spec.names, counts[0].tolist(), strict=True))
-    elif spec.kind == "keys":
-        pressed = np.sum(counts, axis=0)[1:]
-        histogram = {"none": none, **dict(zip(spec.names, pressed.tolist(), strict=True))}
-    elif spec.kind != "none":
-        histogram = {name: count.tolist() for name, count in zip(spec.names, counts, strict=True)}
-    return {"kind": spec.kind, "names": list(spec.names), "steps": steps, "histogram": histogram}
-
-
-def _code_usage(shards: TokenShards) -> dict[str, Any]:
-    """Count codes: all of them, or those of episodes spread evenly, if there are very many.
-
-    Every level of a residual tokenizer has a codebook of its own, so each is counted by itself, and
-    "levels" has the numbers of each. Those above are of all: the codes used of all codebooks, and
-    the geometric mean of the perplexities.
-    """
-    total = sum(row.codes_bytes for row in shards.episodes)
-    stride = max(1, -(-total // (_COUNTED_CODES * np.dtype(shards.codes.dtype).itemsize)))
-    counted = range(0, len(shards.episodes), stride)
-    depth, vocab_size = shards.codes.num_levels, shards.codes.vocab_size
-    counts_QV = np.zeros((depth, vocab_size), np.int64)
-    for index in counted:
-        codes_NQ = shards.codes_thw(index).reshape(-1, depth)
-        for level in range(depth):
-            counts_QV[level] += np.bincount(codes_NQ[:, level], minlength=vocab_size)
-    entropies = [_entropy(counts_V) for counts_V in counts_QV]
-    about = {
-        "vocab_size": vocab_size,
-        "codes_used": int((counts_QV > 0).sum()),
-        "codes_used_fraction": float((counts_QV > 0).mean()),
-        "perplexity": math.exp(sum(entropies) / depth),
-        "episodes_counted": len(counted),
-    }
-    levels = {
-        "codes_used": (counts_QV > 0).sum(1).tolist(),
-        "codes_used_fraction": (counts_QV > 0).mean(1).tolist(),
-        "perplexity": [math.exp(entropy) for entropy in entropies],
-    }
-    return {**about, "levels": levels} if depth > 1 else about
-
-
-def _entropy(counts_V: npt.NDArray[np.int64]) -> float:
-    """Return the entropy, in nats, of how often each code occurs."""
-    share: npt.NDArray[np.float64] = counts_V[counts_V > 0] / max(1, counts_V.sum())
-    return float(-(share * np.log(share)).sum())
-
-
 def _files(folder: Path, table: Any, verify: bool) -> dict[str, int]:
     """Return the size of every file of a table, after comparing it, or its hash, with the table."""
     if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
@@ -511,10 +374,35 @@ def _write_preview(episodes: Episodes, path: Path) -> None:
         with episodes.open(key) as episode:
             start = max(0, (episode.num_frames - _PREVIEW_FRAMES) // 2)
             stop = min(episode.num_frames, start + _PREVIEW_FRAMES)
-            actions = episodes.spec.actions.encode(episode.actions)[start:stop]
-            words = [*episodes.spec.actions.describe(actions), "end"][: stop - start]
-            labels = [f"{start + i}: {word}" for i, word in enumerate(words)]
+            words = action_words(episodes.spec.actions, episode.actions)[start:stop]
+            # ">": the action stands between this frame and the one to its right.
+            labels = [f"{start + i}: {word} >" for i, word in enumerate(words)]
+            labels += [f"{stop - 1}: end"] * (stop - start - len(words))
             strips.append(Strip(title=key, frames_THWC=episode.frames(start, stop), labels=labels))
     scale = fitting_scale(episodes.spec.height, episodes.spec.width, target=144)
     sheet = draw_sheet(strips, scale=scale, columns=_PREVIEW_FRAMES)
     write_bytes(path, encode_png(sheet))
+    say(f"{path}: over each frame stands its number and the action that leads on to the next frame")
+
+
+def action_words(spec: ActionSpec, raw: ActionArray, /) -> list[str]:
+    """Return a few words an action: of many choices at once, those that are not as mostly.
+
+    Args:
+        spec: of the actions.
+        raw: of all steps of an episode, which tell how it mostly is.
+    """
+    slots_TA = spec.encode(raw)
+    if spec.kind != "multi_discrete" or spec.num_slots <= 2 or not len(slots_TA):
+        return spec.describe(slots_TA)
+    columns = zip(slots_TA.T, spec.sizes, strict=True)
+    usual_A = [int(np.bincount(column, minlength=size).argmax()) for column, size in columns]
+    return [
+        " ".join(
+            f"{name}={slot}"
+            for name, slot, usual in zip(spec.names, slots, usual_A, strict=True)
+            if slot != usual
+        )
+        or "-"
+        for slots in slots_TA
+    ]

@@ -5,7 +5,7 @@
 `worldloom info --json` prints the same description for programs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -54,14 +54,18 @@ def _value(key: str, value: Any) -> str | None:
     """Return a value as a person reads it: empty if it need not be said, None if it needs lines."""
     if key == "histogram":
         return None
+    if key == "by_rank":
+        return _bars(value)
     if isinstance(value, Mapping):
+        if key == "most_frequent":
+            return ", ".join(f"{code} {share:.1%}" for code, share in value.items())
         if key == "files":
             return ", ".join(f"{name} {format_bytes(size)}" for name, size in value.items())
         small = len(value) <= 3 and not any(isinstance(v, Mapping | list) for v in value.values())
         inner = [f"{_label(k)} {_value(k, v)}" for k, v in value.items()] if small else []
         return ", ".join(inner) if small else None
     if isinstance(value, list):
-        share = key.endswith("_fraction")
+        share = key.endswith(("_fraction", "_rate"))
         return ", ".join(
             f"{v:.1%}" if share else f"{v:.4g}" if isinstance(v, float) else str(v) for v in value
         )
@@ -71,8 +75,10 @@ def _value(key: str, value: Any) -> str | None:
         return value
     if key.endswith("_bytes"):
         return format_bytes(value)
-    if key.endswith("_fraction"):
+    if key.endswith(("_fraction", "_rate")):
         return f"{value:.1%}"
+    if key == "bytes_per_token":
+        return f"{value:.4g}"
     if key.endswith("_db"):
         return f"{value:.2f} dB"
     if key == "seed":
@@ -96,12 +102,16 @@ def _histogram(counts: Mapping[str, Any], steps: int, indent: str) -> list[str]:
     most = max([1, *(value for value in counts.values() if isinstance(value, int))])
     for name, value in counts.items():
         if isinstance(value, list):
-            top = max(1, *value)
-            bars = "".join("▁▂▃▄▅▆▇█"[min(7, 8 * count // top)] for count in value)
-            lines.append(f"{indent}  {name:<{width}}  {bars}")
+            lines.append(f"{indent}  {name:<{width}}  {_bars(value)}")
         else:
             bar = "█" * round(24 * value / most)
             lines.append(
                 f"{indent}  {name:<{width}}  {value:>9,}  {value / max(1, steps):>6.1%}  {bar}"
             )
     return lines
+
+
+def _bars(values: Sequence[float]) -> str:
+    """Return a row of small bars, the highest for the greatest value."""
+    top = max(values, default=0) or 1
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value / top))] for value in values)

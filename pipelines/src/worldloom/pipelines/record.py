@@ -7,31 +7,18 @@ reads nothing and writes EPISODES/episodes.json and one EPISODES/episode-NNNNNN.
 interrupted or not, writes the same bytes.
 """
 
-import fcntl
 import json
-import os
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from worldloom.common import (
-    ConfigError,
-    EpisodesSpec,
-    ResizeRule,
-    is_leftover,
-    progress,
-    read_json,
-    remove_leftovers,
-    say,
-    storage_errors,
-)
+from worldloom.common import ConfigError, EpisodesSpec, ResizeRule, progress, say
 
 from .checks import require_at_least
+from .episode_folder import claimed, keep_spec
 from .policies import PolicyConfig, check_policy
 
 
@@ -91,14 +78,15 @@ def record(config: RecordConfig) -> Path:
     from .recorder import episode_key, open_recorder
 
     folder, began = config.output.absolute(), time.monotonic()
-    with _claimed(folder, config.output):
+    with claimed(folder, config.output, doing="recording"):
         numbers = range(config.num_episodes)
         missing = [k for k in numbers if not (folder / f"{episode_key(k)}.npz").exists()]
         with Crew(
             open_recorder, _job(config, folder), size=min(config.workers, max(1, len(missing)))
         ) as crew:
             spec: EpisodesSpec = crew.greetings[0]
-            _keep_spec(folder, spec, config.output, complete=not missing)
+            # A newer game would record other frames, but then there is nothing left to record.
+            keep_spec(folder, spec, config.output, complete=not missing)
             kept = config.num_episodes - len(missing)
             reports = list(
                 progress(crew.answers(missing), "recording", total=config.num_episodes, done=kept)
@@ -149,41 +137,6 @@ def _policy(config: RecordConfig) -> PolicyConfig:
     )
 
 
-@contextmanager
-def _claimed(folder: Path, name: Path) -> Iterator[None]:
-    """Hold the folder alone, without leftovers; a folder that stays empty goes again."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{name}: is a file; --output is a folder")
-    strangers = sorted(p.name for p in folder.glob("*") if not is_leftover(p.name))
-    if strangers and "episodes.json" not in strangers:
-        raise ConfigError(
-            f"{name}: has {', '.join(strangers[:3])} but no episodes.json, so it is no recording; "
-            "nothing was touched. Choose a new folder"
-        )
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    with storage_errors(name):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    try:
-        # The lock is the kernel's and ends with this process, however it ends.
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        remove_leftovers(folder)
-        try:
-            yield
-        finally:
-            remove_leftovers(folder)
-            for path in made:
-                if any(path.iterdir()):
-                    break
-                path.rmdir()
-    except BlockingIOError as error:
-        raise ConfigError(
-            f"{name}: another recording is writing there; wait for its end"
-        ) from error
-    finally:
-        os.close(handle)
-
-
 def _job(config: RecordConfig, folder: Path) -> Any:
     """Return what every recording process needs to know."""
     from .environments import GameConfig
@@ -219,36 +172,6 @@ def _job(config: RecordConfig, folder: Path) -> Any:
             "seed": config.seed,
         },
     )
-
-
-def _keep_spec(folder: Path, spec: EpisodesSpec, name: Path, *, complete: bool) -> None:
-    """Write episodes.json, or refuse to add to episodes that were recorded otherwise."""
-    path = folder / "episodes.json"
-    if not path.exists():
-        spec.write(folder)
-        return
-    there = _flat(read_json(path, what="the description of a folder of episodes"))
-    here = _flat(json.loads(json.dumps(spec.to_dict())))
-    differ = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
-    if complete:  # a newer game would record other frames, but there is nothing left to record
-        differ = [key for key in differ if not key.startswith("source.packages.")]
-    if differ:
-        listed = ", ".join(
-            f"{key} ({there.get(key)!r:.60} there, {here.get(key)!r:.60} here)" for key in differ
-        )
-        raise ConfigError(
-            f"{name}: was recorded with other settings: {listed}. "
-            "Choose a new folder, or give the settings it was recorded with"
-        )
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested tables as one, with keys such as source.env."""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        name = f"{prefix}{key}"
-        flat.update(_flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
-    return flat
 
 
 def _say_what_was_written(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .episodes import EpisodesSpec as EpisodesSpec
     from .episodes import EpisodeWriter as EpisodeWriter
     from .episodes import Frames as Frames
+    from .episodes import check_key as check_key
     from .errors import ConfigError as ConfigError
     from .errors import FormatError as FormatError
     from .errors import MismatchError as MismatchError
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
     from .files import failpoint as failpoint
     from .files import file_sha256 as file_sha256
     from .files import is_leftover as is_leftover
+    from .files import parse_json as parse_json
     from .files import read_json as read_json
+    from .files import read_limited as read_limited
     from .files import remove_leftovers as remove_leftovers
     from .files import storage_errors as storage_errors
     from .files import to_json as to_json
@@ -68,10 +71,13 @@ if TYPE_CHECKING:
     from .runlog import say as say
     from .shapes import bind_shape as bind_shape
     from .shard_reader import TokenShards as TokenShards
+    from .shard_stream import stream_episodes as stream_episodes
     from .shards import CodeArray as CodeArray
+    from .shards import EpisodeRecord as EpisodeRecord
     from .shards import ShardRecord as ShardRecord
     from .shards import TokenEpisode as TokenEpisode
     from .shards import finished_shard as finished_shard
+    from .shards import shard_bytes as shard_bytes
     from .shards import shard_name as shard_name
     from .shards import write_manifest as write_manifest
     from .shards import write_shard as write_shard
@@ -90,13 +96,14 @@ __getattr__, __dir__ = lazy_exports(
         ),
         "config": ("build", "describe_difference", "nearest", "partial", "read_toml", "to_plain"),
         "ema": ("WeightAverage",),
-        "episodes": ("Episode", "EpisodeWriter", "Episodes", "EpisodesSpec", "Frames"),
+        "episodes": ("Episode", "EpisodeWriter", "Episodes", "EpisodesSpec", "Frames", "check_key"),
         "errors": (
             "ConfigError", "FormatError", "MismatchError", "ShapeError", "StorageError",
             "TrainingError", "WorldloomError",
         ),
         "files": (
-            "atomic_folder", "failpoint", "file_sha256", "is_leftover", "read_json",
+            "atomic_folder", "failpoint", "file_sha256", "is_leftover", "parse_json", "read_json",
+            "read_limited",
             "remove_leftovers", "storage_errors", "to_json", "write_bytes", "write_json",
         ),
         "interrupt": ("Interrupt",),
@@ -113,8 +120,10 @@ __getattr__, __dir__ = lazy_exports(
         ),
         "shapes": ("bind_shape",),
         "shard_reader": ("TokenShards",),
+        "shard_stream": ("stream_episodes",),
         "shards": (
-            "CodeArray", "ShardRecord", "TokenEpisode", "finished_shard", "shard_name",
+            "CodeArray", "EpisodeRecord", "ShardRecord", "TokenEpisode", "finished_shard",
+            "shard_bytes", "shard_name",
             "write_manifest", "write_shard",
         ),
         "specs": ("CodeSpec", "ResizeRule", "TokenizerSpec", "fingerprint"),

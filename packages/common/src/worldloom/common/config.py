@@ -107,6 +107,8 @@ def _convert(hint: Any, value: Any, where: str, error: type[WorldloomError]) -> 
             raise error(f"{where} is {value!r:.60}{nearest(str(value), [str(a) for a in args])}")
         return value
     if origin is tuple:
+        if args == (Path, ...) and isinstance(value, str | Path):
+            value = [value]  # one path is a list of one: most need no more
         if not isinstance(value, list | tuple):
             raise error(f"{where} must be a list, got {value!r:.60}")
         kinds = [args[0]] * len(value) if args[1:] == (Ellipsis,) else list(args)

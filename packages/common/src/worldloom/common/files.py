@@ -10,19 +10,23 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from .errors import FormatError, StorageError
 
 _passes: Counter[str] = Counter()
-_LEFTOVER = re.compile(r"tmp-(old-)?\d+-.+", re.DOTALL)
+_LEFTOVER = re.compile(r"tmp-(?:old-)?(?P<number>\d+)-(?P<name>.+)", re.DOTALL)
+_PID_DIGITS = 7
+"""Linux counts processes up to 4,194,304."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -42,8 +46,27 @@ def failpoint(name: str) -> None:
 
 
 def temporary_path(path: Path, /) -> Path:
-    """Return where what shall stand at `path` is written first: tmp-PID-NAME beside it."""
-    return path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    """Return where what shall stand at `path` is written first: tmp-NUMBER-NAME beside it.
+
+    The number is of the machine and the process, so that no two that share a disk have the same.
+    """
+    return path.with_name(f"tmp-{_process_number()}-{path.name}")
+
+
+def _process_number() -> str:
+    """Return digits that no other process has, here or on another machine."""
+    return f"{_machine_number()}{os.getpid():0{_PID_DIGITS}d}"
+
+
+@cache
+def _machine_number() -> int:
+    """Return a number of this machine, or container: each counts its processes on its own."""
+    parts = [platform.node()]
+    with suppress(OSError):  # of Linux; elsewhere the name must do
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    digest = hashlib.sha256("\n".join(parts).encode()).digest()
+    return 1 + int.from_bytes(digest[:6], "big")
 
 
 def is_leftover(name: str, /) -> bool:
@@ -217,7 +240,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     both, whole, under temporary names, and `settle_folder` finishes the exchange.
     """
     temporary = temporary_path(folder)
-    old = folder.with_name(f"tmp-old-{os.getpid()}-{folder.name}")
+    old = folder.with_name(f"tmp-old-{_process_number()}-{folder.name}")
     with storage_errors(folder):
         settle_folder(folder)
         try:
@@ -275,17 +298,43 @@ def settle_folders(parent: Path, /) -> None:
         settle_folder(parent / old.name.removeprefix("tmp-old-").partition("-")[2])
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Settle what killed processes left in a folder, then delete it: tmp-PID-NAME, nothing else.
+def remove_leftovers(
+    folder: Path, /, *, of: Collection[str] | None = None, shared: bool = False
+) -> None:
+    """Delete what killed processes left in a folder: tmp-NUMBER-NAME, nothing else.
 
-    For the one process that writes there: what another is writing just now would go too.
+    Args:
+        folder: where to look.
+        of: only what was to become one of these names. Without, everything goes, and folders that
+            a kill cut in two are settled: for the one process that writes there, since what
+            another is writing just now would go too.
+        shared: others may be writing the same names just now: only what is left of processes of
+            this machine that are gone.
     """
-    settle_folders(folder)
+    if of is None:
+        settle_folders(folder)
     for leftover in folder.glob("tmp-*"):
-        if not is_leftover(leftover.name):
+        parts = _LEFTOVER.fullmatch(leftover.name)
+        if parts is None or (of is not None and parts["name"] not in of):
+            continue
+        if shared and not _is_gone(parts["number"]):
             continue
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             with suppress(OSError):
                 leftover.unlink()
+
+
+def _is_gone(number: str) -> bool:
+    """Return whether a temporary's number is of a process of this machine that has ended."""
+    machine, pid = number[:-_PID_DIGITS], number[-_PID_DIGITS:]
+    if machine != str(_machine_number()):
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it lives, and is another user's
+        return False
+    return False

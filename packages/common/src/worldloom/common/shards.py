@@ -90,6 +90,10 @@ class ShardRecord:
     size_bytes: int
     sha256: str
     episodes: tuple[EpisodeRecord, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the episodes that were to lie here but are damaged, and what is wrong with each."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """What was measured while the shard was made: sums, to be added up over shards."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -140,7 +144,7 @@ def shard_name(index: int, /) -> str:
     return f"shard-{index:06d}.tar"
 
 
-def write_shard(
+def write_shard(  # noqa: PLR0913 - a marker's parts
     folder: Path,
     index: int,
     episodes: Iterable[TokenEpisode],
@@ -148,11 +152,14 @@ def write_shard(
     *,
     codes: CodeSpec,
     actions: ActionSpec,
+    skipped: Mapping[str, str] | None = None,
+    measured: Mapping[str, float] | None = None,
 ) -> ShardRecord:
     """Write FOLDER/shard-%06d.tar, then its marker, each whole or not at all.
 
     Episodes are taken one at a time, so memory holds one. The marker, `shard-%06d.json`, is what
-    tells a later run that the shard is finished: see `finished_shard`.
+    tells a later run that the shard is finished: see `finished_shard`. It also keeps what is given
+    as `skipped` and `measured`: see `ShardRecord`.
 
     Raises:
         FormatError: if an episode does not fit the specs, or a key stands twice.
@@ -175,17 +182,69 @@ def write_shard(
     write_atomic(path, write)
     with storage_errors(path):
         size, digest = path.stat().st_size, file_sha256(path)
-    record = ShardRecord(file=path.name, size_bytes=size, sha256=digest, episodes=tuple(rows))
+    record = ShardRecord(
+        file=path.name,
+        size_bytes=size,
+        sha256=digest,
+        episodes=tuple(rows),
+        skipped=dict(skipped or {}),
+        measured=dict(measured or {}),
+    )
     failpoint("shard-marker")
     write_json(path.with_suffix(".json"), record.to_dict())
     return record
 
 
-def finished_shard(folder: Path, index: int, /) -> ShardRecord | None:
+def shard_bytes(
+    episodes: Iterable[tuple[str, int, str, Mapping[str, Any]]],
+    /,
+    *,
+    codes: CodeSpec,
+    actions: ActionSpec,
+) -> int:
+    """Return how large the tar of these episodes will be, to the byte, before anything is encoded.
+
+    Args:
+        episodes: key, pixel frames, split and metadata of each.
+        codes: of the tokenizer.
+        actions: of the episodes.
+    """
+    total = 2 * tarfile.BLOCKSIZE  # what ends a tar
+    for key, num_frames, split, metadata in episodes:
+        latent_frames = codes.latent_frames(num_frames)
+        sizes = (
+            _npy_bytes((num_frames - 1, actions.num_slots), actions.slot_dtype),
+            _npy_bytes(codes.codes_shape(latent_frames), codes.dtype),
+            len(_about(key, split, num_frames, latent_frames, metadata)),
+        )
+        total += sum(tarfile.BLOCKSIZE + _padded(size, tarfile.BLOCKSIZE) for size in sizes)
+    return _padded(total, tarfile.RECORDSIZE)
+
+
+def _npy_bytes(shape: tuple[int, ...], dtype: npt.DTypeLike) -> int:
+    """Return the size of what `npy_bytes` makes of such an array, without one."""
+    header = io.BytesIO()
+    descr = np.dtype(dtype).newbyteorder("<").str
+    layout = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, layout)
+    return header.tell() + math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def _padded(size: int, block: int) -> int:
+    """Return a size rounded up to whole blocks."""
+    return -(-size // block) * block
+
+
+def finished_shard(folder: Path, index: int, /, *, check_hash: bool = True) -> ShardRecord | None:
     """Return the record of a shard that an earlier run finished, or None.
 
     A shard counts as finished if its marker is there and the tar has the size and hash it says.
     Whether it was made of the same episodes by the same tokenizer is for the caller to know.
+
+    Args:
+        folder: holds the shard.
+        index: its number.
+        check_hash: read every byte; without, only the size is compared.
     """
     path = folder / shard_name(index)
     marker = path.with_suffix(".json")
@@ -197,7 +256,9 @@ def finished_shard(folder: Path, index: int, /) -> ShardRecord | None:
     except FormatError:
         return None  # the cure for a damaged marker is to write the shard again
     with storage_errors(path):
-        same = path.stat().st_size == record.size_bytes and file_sha256(path) == record.sha256
+        same = path.stat().st_size == record.size_bytes and (
+            not check_hash or file_sha256(path) == record.sha256
+        )
     return record if same and record.file == path.name else None
 
 
@@ -306,18 +367,26 @@ def _members(
     slots_TA = actions.check_slots(episode.slots_TA, where=key)
     if len(slots_TA) != episode.num_frames - 1:
         raise FormatError(f"{key}: {len(slots_TA)} actions for {episode.num_frames} frames")
-    about = {
-        "key": key,
-        "split": episode.split,
-        "num_frames": episode.num_frames,
-        "latent_frames": latent_frames,
-        "metadata": dict(episode.metadata),
-    }
+    about = _about(key, episode.split, episode.num_frames, latent_frames, episode.metadata)
     return [
         (f"{key}.actions.npy", npy_bytes(slots_TA.astype(actions.slot_dtype))),
         (f"{key}.codes.npy", npy_bytes(codes_thw.astype(codes.dtype))),
-        (f"{key}.json", to_json(about).encode()),
+        (f"{key}.json", about),
     ]
+
+
+def _about(
+    key: str, split: str, num_frames: int, latent_frames: int, metadata: Mapping[str, Any]
+) -> bytes:
+    """Return the content of KEY.json."""
+    about = {
+        "key": key,
+        "split": split,
+        "num_frames": num_frames,
+        "latent_frames": latent_frames,
+        "metadata": dict(metadata),
+    }
+    return to_json(about).encode()
 
 
 def _record(
@@ -345,5 +414,4 @@ def _add_member(tar: tarfile.TarFile, file: BinaryIO, name: str, content: bytes)
     info.mtime = 0
     info.mode = 0o644
     tar.addfile(info, io.BytesIO(content))
-    padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    return file.tell() - padded, len(content)
+    return file.tell() - _padded(len(content), tarfile.BLOCKSIZE), len(content)

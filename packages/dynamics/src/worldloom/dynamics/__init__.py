@@ -9,30 +9,39 @@ if TYPE_CHECKING:
     from .config import DynamicsConfig as DynamicsConfig
     from .config import DynamicsTrainingConfig as DynamicsTrainingConfig
     from .config import SamplingConfig as SamplingConfig
+    from .config import StreamConfig as StreamConfig
+    from .loading import open_held_out as open_held_out
     from .losses import cross_entropy as cross_entropy
+    from .mixture import Mixture as Mixture
+    from .mixture import check_alike as check_alike
     from .model import DynamicsModel as DynamicsModel
     from .rollout import Rollout as Rollout
     from .rollout import Snapshot as Snapshot
     from .rollout import generate_codes as generate_codes
     from .sampling import sample_codes as sample_codes
     from .spec import DynamicsSpec as DynamicsSpec
+    from .streaming import WindowStream as WindowStream
     from .training import train_dynamics_model as train_dynamics_model
     from .validation import validate as validate
     from .windows import WindowBatch as WindowBatch
     from .windows import Windows as Windows
+    from .windows import WindowSource as WindowSource
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "actions": ("NULL",),
-        "config": ("DynamicsConfig", "DynamicsTrainingConfig", "SamplingConfig"),
+        "config": ("DynamicsConfig", "DynamicsTrainingConfig", "SamplingConfig", "StreamConfig"),
+        "loading": ("open_held_out",),
         "losses": ("cross_entropy",),
+        "mixture": ("Mixture", "check_alike"),
         "model": ("DynamicsModel",),
         "rollout": ("Rollout", "Snapshot", "generate_codes"),
         "sampling": ("sample_codes",),
         "spec": ("DynamicsSpec",),
+        "streaming": ("WindowStream",),
         "training": ("train_dynamics_model",),
         "validation": ("validate",),
-        "windows": ("WindowBatch", "Windows"),
+        "windows": ("WindowBatch", "WindowSource", "Windows"),
     },
 )

@@ -127,6 +127,46 @@ class DynamicsTrainingConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StreamConfig:
+    """Where the tars of token shards are, if not in their folder, and how they are shuffled."""
+
+    url: str
+    """As webdataset opens it: a path, https://HOST/{file}, pipe:COMMAND {file}."""
+    lanes: int = 4
+    """Streams that are open at once; a multiple of the processes, a divisor of the batch."""
+    buffer_windows: int = 4096
+    """Windows held back for shuffling, over all lanes."""
+
+    def __post_init__(self) -> None:
+        """Refuse an address that would give the same bytes for every shard."""
+        if "{file}" not in self.url:
+            raise ConfigError(
+                f"stream: {self.url!r:.200} has no {{file}}, in the place of which the names of "
+                "the shards are put"
+            )
+        for name, number in (("lanes", self.lanes), ("buffer_windows", self.buffer_windows)):
+            if number < 1:
+                raise ConfigError(f"stream: {name} is {number}, must be at least 1")
+
+    def check_dealing(self, *, size: int, num_ranks: int) -> None:
+        """Refuse batches and processes among which the lanes cannot be dealt evenly.
+
+        Raises:
+            ConfigError: naming what is no multiple of what.
+        """
+        if size % self.lanes:
+            raise ConfigError(
+                f"stream: a batch of {size} windows cannot be dealt to {self.lanes} lanes; choose "
+                "a batch that is a multiple of the lanes"
+            )
+        if self.lanes % num_ranks:
+            raise ConfigError(
+                f"stream: {self.lanes} lanes cannot be dealt to {num_ranks} processes; choose "
+                "lanes that are a multiple of the processes"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
     """How codes are drawn from the model's logits."""
 

@@ -10,7 +10,7 @@ the model's `forward` for good.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from worldloom.common import (
     TrainingError,
     decay_groups,
     describe_difference,
-    fingerprint,
     format_metrics,
     load_optimizer,
     load_weights,
@@ -41,24 +40,27 @@ from worldloom.common import (
     write_json,
 )
 
-from .config import DynamicsConfig, DynamicsTrainingConfig
+from .config import DynamicsConfig, DynamicsTrainingConfig, StreamConfig
 from .disturbance import disturb
+from .loading import Ahead, TrainingData
 from .losses import cross_entropy, num_right, num_targets
 from .model import DynamicsModel
 from .spec import DynamicsSpec
-from .validation import validate
-from .windows import WindowBatch, Windows
+from .validation import validate_all
+from .windows import WindowBatch, WindowSource
 
 Validated = Callable[[DynamicsModel, int], None]
 
 
 def train_dynamics_model(  # noqa: PLR0913 (all but two are named by who calls)
-    shards: TokenShards,
+    shards: TokenShards | Sequence[TokenShards],
     run: Path,
     /,
     *,
     model: DynamicsConfig,
     training: DynamicsTrainingConfig,
+    weights: Sequence[float] | None = None,
+    stream: StreamConfig | None = None,
     cpu: bool = False,
     on_validation: Validated | None = None,
 ) -> Path:
@@ -68,16 +70,22 @@ def train_dynamics_model(  # noqa: PLR0913 (all but two are named by who calls)
     torchrun the processes share every batch, and only the main one writes.
 
     Args:
-        shards: codes and actions; only this folder is read.
+        shards: codes and actions, of one folder or of several; nothing else is read.
         run: the run directory, new or of the same settings and shards.
         model: sizes.
         training: how it is trained.
+        weights: how often each of several folders is drawn; None weighs latent frames alike.
+        stream: where the tars are, if not in the folder, which is then opened with
+            `tars_elsewhere`.
         cpu: stay on the CPU even where there is an accelerator.
         on_validation: called with the model and the update after each validation, to draw pictures.
 
     Raises:
+        ConfigError: if weights, lanes, batch and processes do not go together.
         FormatError: if a split is empty or a shard damaged.
-        MismatchError: if the run holds checkpoints of other settings or other shards.
+        MismatchError: if the run holds checkpoints of other settings or other shards, or the
+            folders do not speak the same codes and actions.
+        StorageError: if a stream breaks off, or the disk refuses.
         TrainingError: if the loss stops being finite; the last checkpoint stays.
     """
     accelerator = Accelerator(
@@ -86,21 +94,17 @@ def train_dynamics_model(  # noqa: PLR0913 (all but two are named by who calls)
         # The buffers are constants; there is nothing to spread before each forward.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    windows = Windows(shards, "train", window_frames=training.window_frames)
-    held_out = Windows(
-        shards,
-        "validation" if shards.split("validation") else "train",
-        window_frames=training.window_frames,
+    folders = [shards] if isinstance(shards, TokenShards) else list(shards)
+    data = TrainingData.open(
+        folders, window_frames=training.window_frames, weights=weights, stream=stream
     )
-    settings = {
-        "model": to_plain(model),
-        "training": to_plain(training),
-        "shards": _fingerprint(shards),
-    }
+    if stream is not None:
+        stream.check_dealing(size=training.batch_windows, num_ranks=accelerator.num_processes)
+    settings = {"model": to_plain(model), "training": to_plain(training), **data.settings}
     with accelerator.main_process_first():  # it may have to mend what a kill left
         checkpoint, remarks = _checkpoint(run, settings, accelerator.num_processes)
     dynamics = DynamicsModel(
-        model, DynamicsSpec.of(shards), shards.codebook_VZ(), seed=training.seed
+        model, DynamicsSpec.of(folders[0]), folders[0].codebook_VZ(), seed=training.seed
     ).to(accelerator.device)
     optimizer = torch.optim.AdamW(
         decay_groups(dynamics, weight_decay=training.weight_decay),
@@ -121,31 +125,34 @@ def train_dynamics_model(  # noqa: PLR0913 (all but two are named by who calls)
             log.say(f"all {step} updates are done; {run / 'model'} is as it was")
         return run / "model"
     if log:
-        log.say(_introduction(dynamics, windows, accelerator, step))
+        log.say(_introduction(dynamics, data.windows, accelerator, step))
     wrapped, optimizer = accelerator.prepare(dynamics, optimizer)
     rows = range(accelerator.process_index, training.batch_windows, accelerator.num_processes)
     scores: dict[str, float] | None = None
     clock = _Clock()
-    with Interrupt() as interrupt:
+    ahead = Ahead(
+        data.windows,
+        range(step, training.num_steps),
+        size=training.batch_windows,
+        seed=training.seed,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+    )
+    with ahead, Interrupt() as interrupt:
         while step < training.num_steps:
             with clock:
-                batch = windows.batch(
-                    step,
-                    size=training.batch_windows,
-                    seed=training.seed,
-                    rank=accelerator.process_index,
-                    num_ranks=accelerator.num_processes,
-                ).to(accelerator.device)
-                fed = disturb(
-                    batch, training, vocab_size=shards.codes.vocab_size, step=step, rows=rows
-                )
+                batch = ahead.next().to(accelerator.device)
+                vocab_size = dynamics.spec.tokenizer.codes.vocab_size
+                fed = disturb(batch, training, vocab_size=vocab_size, step=step, rows=rows)
                 factor = warmup_cosine(
                     step, warmup_steps=training.warmup_steps, num_steps=training.num_steps
                 )
                 set_learning_rate(optimizer, training.learning_rate * factor)
                 update = _gradients(accelerator, wrapped, batch, fed, bf16=training.bf16)
                 if not update.is_finite():
-                    origins = windows.origins(step, size=training.batch_windows, seed=training.seed)
+                    origins = data.windows.origins(
+                        step, size=training.batch_windows, seed=training.seed
+                    )
                     raise _diverged(run, step, update, origins, write=log is not None)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -156,13 +163,14 @@ def train_dynamics_model(  # noqa: PLR0913 (all but two are named by who calls)
                 values = update.numbers(accelerator, batch)
                 if log:
                     tokens_per_s = _num_predicted(dynamics, training) / clock.mean_s
-                    log.metrics(step, **values, tokens_per_s=tokens_per_s)
+                    waiting = {"data_wait_share": clock.share_of(ahead.waited_s)}
+                    log.metrics(step, **values, tokens_per_s=tokens_per_s, **waiting)
                     log.say(
                         f"update {step} of {training.num_steps}  {format_metrics(values)}  "
                         f"{tokens_per_s:,.0f} tokens/s"
                     )
             if log and (step % training.validate_every == 0 or last):
-                scores = validate(dynamics, held_out, seed=training.seed)
+                scores = validate_all(dynamics, data, seed=training.seed)
                 log.metrics(step, **scores)
                 log.say(f"held out at {step}  {format_metrics(scores)}")
                 if on_validation is not None:
@@ -181,17 +189,11 @@ def train_dynamics_model(  # noqa: PLR0913 (all but two are named by who calls)
                 interrupt.leave()
     if log:
         if scores is None:  # a kill came between the last checkpoint and the model
-            scores = validate(dynamics, held_out, seed=training.seed)
+            scores = validate_all(dynamics, data, seed=training.seed)
         dynamics.eval()
         dynamics.save(run / "model", card=_card(dynamics, training, scores))
     accelerator.wait_for_everyone()
     return run / "model"
-
-
-def _fingerprint(shards: TokenShards) -> str:
-    """Return the hash of what is learned from: codes, actions, splits and what they mean."""
-    names = ("tokenizer", "actions", "fps", "frame_skip", "codebook", "shards", "episodes")
-    return fingerprint({name: shards.manifest[name] for name in names}, [])
 
 
 def _checkpoint(
@@ -234,7 +236,7 @@ def _restore(
 
 
 def _introduction(
-    dynamics: DynamicsModel, windows: Windows, accelerator: Accelerator, step: int
+    dynamics: DynamicsModel, windows: WindowSource, accelerator: Accelerator, step: int
 ) -> str:
     """Return the line that opens the log."""
     num_parameters = sum(p.numel() for p in dynamics.parameters())
@@ -333,6 +335,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self._started = self._sum_s = 0.0
+        self._told_s = self._told_part_s = 0.0
         self._count = 0
 
     def __enter__(self) -> None:
@@ -346,6 +349,12 @@ class _Clock:
     def mean_s(self) -> float:
         """Seconds per block so far."""
         return self._sum_s / self._count
+
+    def share_of(self, part_s: float, /) -> float:
+        """Return of the time since the last call how large a share part_s has grown by."""
+        share = (part_s - self._told_part_s) / (self._sum_s - self._told_s)
+        self._told_s, self._told_part_s = self._sum_s, part_s
+        return share
 
 
 def _card(

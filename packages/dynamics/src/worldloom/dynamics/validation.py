@@ -1,6 +1,6 @@
 """A model and held-out windows -> numbers: given the true past, and running freely.
 
-    DynamicsModel, Windows  ->  {"validation_loss": ..., "free_running_accuracy": ..., ...}
+    DynamicsModel, windows  ->  {"validation_loss": ..., "free_running_accuracy": ..., ...}
 
 Accuracy given the true past misleads: a model that copies looks good in it. The first frame that a
 rollout makes, beside what repeating the last frame would score, does not.
@@ -8,6 +8,7 @@ rollout makes, beside what repeating the last frame would score, does not.
 
 from collections import defaultdict
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,13 +17,47 @@ from .config import SamplingConfig
 from .losses import cross_entropy, num_right
 from .model import DynamicsModel
 from .rollout import generate_codes
-from .windows import WindowBatch, Windows
+from .windows import WindowBatch, WindowSource
+
+if TYPE_CHECKING:
+    from .loading import TrainingData
+
+
+def validate_all(
+    dynamics: DynamicsModel, data: "TrainingData", /, *, seed: int, num_windows: int = 128
+) -> dict[str, float]:
+    """Return held-out numbers of a model on all data sets that it learns from.
+
+    Of one data set, what `validate` says. Of several, what it says of each, with _set0, _set1, ...
+    behind the names, and under the names themselves the means by weight: what is expected of a
+    window that is drawn as training draws them.
+
+    Args:
+        dynamics: the model.
+        data: its data sets, and their weights.
+        seed: of the choice of windows.
+        num_windows: how many are looked at, over all data sets.
+    """
+    each = len(data.held_out)
+    found = [
+        validate(dynamics, windows, seed=seed, num_windows=-(-num_windows // each))
+        for windows in data.held_out
+    ]
+    if each == 1:
+        return found[0]
+    scores: dict[str, float] = {}
+    for name in dict.fromkeys(name for numbers in found for name in numbers):
+        told = [(n[name], w) for n, w in zip(found, data.weights, strict=True) if name in n]
+        scores[name] = sum(n * w for n, w in told) / sum(w for _, w in told)
+    for number, numbers in enumerate(found):
+        scores |= {f"{name}_set{number}": value for name, value in numbers.items()}
+    return scores
 
 
 @torch.no_grad()
 def validate(
     dynamics: DynamicsModel,
-    windows: Windows,
+    windows: WindowSource,
     /,
     *,
     seed: int,

@@ -1,0 +1,185 @@
+"""Folders of token shards, and how they are asked for -> what a training reads, and when.
+
+shards, weights, stream  ->  TrainingData: windows to learn from, windows held out
+batches, made in order   ->  Ahead: the next one is made while one is learned from
+"""
+
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import Any
+
+from worldloom.common import ConfigError, TokenShards, fingerprint
+
+from .config import StreamConfig
+from .mixture import Mixture, check_alike, weights_of
+from .windows import StoredWindows, Windows, WindowSource
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """What a training learns from, and what it is measured on."""
+
+    windows: WindowSource
+    held_out: tuple[WindowSource, ...]
+    """Of every data set its own; what it learns from, where none of it is held out."""
+    weights: tuple[float, ...]
+    """How often each data set is drawn, in any unit."""
+    settings: dict[str, Any]
+    """What a run must go on with: every folder's hash, weights, the order of a stream."""
+
+    @classmethod
+    def open(
+        cls,
+        shards: Sequence[TokenShards],
+        /,
+        *,
+        window_frames: int,
+        weights: Sequence[float] | None = None,
+        stream: StreamConfig | None = None,
+    ) -> "TrainingData":
+        """Open the windows of one folder, of several mixed by weight, or of a stream.
+
+        Args:
+            shards: the folders, at least one; opened with `tars_elsewhere` for a stream.
+            window_frames: latent frames per window, t, at least 2.
+            weights: one for each folder; None weighs latent frames alike, wherever they are.
+            stream: where the tars are, if not in the folder.
+
+        Raises:
+            ConfigError: if the weights do not fit, or several folders shall be streamed.
+            FormatError: if a split has nothing to predict.
+            MismatchError: if the folders do not speak the same codes and actions.
+        """
+        if not shards:
+            raise ConfigError("shards: none are named; name at least one folder")
+        check_alike(shards)
+        weighed = weights_of(shards, weights)
+        pins = [_pin(one) for one in shards]
+        settings: dict[str, Any] = {"shards": pins[0] if len(pins) == 1 else pins}
+        if len(shards) > 1:
+            settings["weights"] = list(weighed)
+        windows: WindowSource
+        if stream is not None:
+            from .streaming import WindowStream  # it imports webdataset, which takes a while
+
+            if len(shards) > 1:
+                raise ConfigError(
+                    f"stream: {len(shards)} folders of shards, but one address; a stream is of one "
+                    "folder"
+                )
+            windows = WindowStream(shards[0], "train", window_frames=window_frames, stream=stream)
+            settings["stream"] = {"lanes": stream.lanes, "buffer_windows": stream.buffer_windows}
+        else:
+            parts = [Windows(one, "train", window_frames=window_frames) for one in shards]
+            windows = parts[0] if len(parts) == 1 else Mixture(parts, weighed)
+        held_out = tuple(
+            open_held_out(one, window_frames=window_frames, stream=stream) for one in shards
+        )
+        return cls(windows, held_out, weighed, settings)
+
+
+def open_held_out(
+    shards: TokenShards, /, *, window_frames: int, stream: StreamConfig | None = None
+) -> WindowSource:
+    """Return the windows on which a model of these shards is measured.
+
+    Raises:
+        FormatError: if the split has nothing to predict.
+    """
+    split = "validation" if shards.split("validation") else "train"
+    if stream is None:
+        return Windows(shards, split, window_frames=window_frames)
+    from .streaming import KeptWindows
+
+    return KeptWindows(shards, split, window_frames=window_frames, stream=stream)
+
+
+def _pin(shards: TokenShards) -> str:
+    """Return the hash of what is learned from: codes, actions, splits and what they mean."""
+    names = ("tokenizer", "actions", "fps", "frame_skip", "codebook", "shards", "episodes")
+    return fingerprint({name: shards.manifest[name] for name in names}, [])
+
+
+class Ahead:
+    """Batches made in a thread, in their order, at most two ahead; counts how long one waited.
+
+    with Ahead(windows, range(step, num_steps), size=32, seed=0) as batches:
+        stored = batches.next()
+    """
+
+    def __init__(  # noqa: PLR0913 - those of WindowSource.stored
+        self,
+        windows: WindowSource,
+        indices: Iterable[int],
+        /,
+        *,
+        size: int,
+        seed: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        self.waited_s = 0.0
+        """Seconds that `next` did not return at once."""
+
+        def make() -> Generator[StoredWindows, None, None]:
+            for index in indices:
+                yield windows.stored(index, size=size, seed=seed, rank=rank, num_ranks=num_ranks)
+
+        self._interrupt: Callable[[], None] = getattr(windows, "interrupt", lambda: None)
+        self._close: Callable[[], None] = getattr(windows, "close", lambda: None)
+        self._made: Queue[StoredWindows | BaseException] = Queue(maxsize=1)
+        self._stopping = Event()
+        # A daemon: a stream whose sender is stuck must not keep the process from ending.
+        self._thread = Thread(target=self._run, args=(make(),), name="windows", daemon=True)
+        self._thread.start()
+
+    def next(self) -> StoredWindows:
+        """Return the next batch; raise what making it raised, in its turn.
+
+        Raises:
+            StopIteration: after the last.
+        """
+        began = time.monotonic()
+        made = self._made.get()
+        self.waited_s += time.monotonic() - began
+        if isinstance(made, BaseException):
+            raise made
+        return made
+
+    def close(self) -> None:
+        """Stop making batches, and let go of streams."""
+        self._stopping.set()
+        self._interrupt()
+        with suppress(Empty):
+            self._made.get_nowait()
+        self._thread.join(timeout=5)
+
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _run(self, batches: Generator[StoredWindows, None, None]) -> None:
+        """Make one batch after the other."""
+        try:
+            for batch in batches:
+                if not self._give(batch):
+                    return
+            self._give(StopIteration())
+        except BaseException as error:  # raised where the batch is wanted
+            self._give(error)
+        finally:
+            self._close()
+
+    def _give(self, made: StoredWindows | BaseException) -> bool:
+        """Wait until there is room; return False if nobody wants it any more."""
+        while not self._stopping.is_set():
+            with suppress(Full):
+                self._made.put(made, timeout=0.1)
+                return True
+        return False
