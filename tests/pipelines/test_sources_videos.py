@@ -152,7 +152,7 @@ JSONL = '{"action": 0}\n{"action": 1}\n{"action": 2}\n'
         ("a.jsonl", JSONL + '{"act": 1}\n', "line 4: column 'action' stands there 0 times"),
         ("a.jsonl", JSONL + '{"action": NaN}\n', "line 4: nan is no number"),
         ("a.jsonl", JSONL + '{"action": {"a": 1}}\n', "line 4: {'a': 1} is no number"),
-        ("a.jsonl", JSONL + '{"action": ' + "[" * 100_000, "line 4: longer than"),
+        ("a.jsonl", JSONL + '{"action": ' + "[" * 100_000, "line 4: more than 65536 bytes"),
         ("a.jsonl", JSONL + '{"action": -1}\n', "has -1 in slot 0"),
         ("a.jsonl", JSONL + '{"action": 9}\n', "has 9 in slot 0"),
         ("a.jsonl", JSONL + '{"action": "fly"}\n', "row 3 has 'fly', which is none of"),

@@ -282,7 +282,7 @@ def spoil(folder: Path, what: str) -> None:
     [
         ("cut video", r"a\.mp4: .*cut short"),
         ("no video", r"a\.mp4: not found"),
-        ("no lines", r"a\.jsonl: no such file"),
+        ("no lines", r"a\.jsonl: not found"),
         ("bad line", r"a\.jsonl: line 2"),
         ("rate", r"a\.mp4: 30 frames a second, but VPT records 20"),
     ],

@@ -22,6 +22,7 @@ from worldloom.common import ActionArray, ConfigError, FormatError
 
 from ..checks import require_file
 from .arrays import open_npz, read_member
+from .text_lines import bounded_lines
 
 Cell = bool | int | float | str | tuple[str, ...]
 
@@ -85,30 +86,29 @@ def _read_jsonl(path: Path, columns: tuple[str, ...]) -> Cells:
     """Read one JSON value a line: an object with fields, or the action itself."""
     rows: list[tuple[Cell, ...]] = []
     names: tuple[str, ...] = ()
-    with path.open("rb") as file:
-        while line := file.readline(_MAX_LINE + 1):
-            where = f"{path}: line {len(rows) + 1}"
-            if len(line) > _MAX_LINE or len(rows) == _MAX_ROWS:
-                raise FormatError(f"{where}: longer than {_MAX_LINE} bytes, or too many of them")
-            if not line.strip():
-                if file.read(1):
-                    raise FormatError(f"{where}: is empty")
-                break
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise FormatError(f"{where}: cannot be read as JSON ({error})") from error
-            fields = value if isinstance(value, dict) else {"action": value}
-            if not rows:
-                columns = columns or _found_columns(list(fields), where=str(path))
-            missing = [name for name in columns if name not in fields]
-            if missing:
-                raise _no_column(where, missing[0], list(fields))
-            named, row = _spread(columns, [fields[name] for name in columns], where)
-            if rows and len(row) != len(names):
-                raise FormatError(f"{where}: {len(row)} values, {len(names)} in the lines before")
-            names = named if not rows else names
-            rows.append(row)
+    lines = bounded_lines(path, expected="actions", max_line_bytes=_MAX_LINE)
+    for where, line in lines:
+        if len(rows) == _MAX_ROWS:
+            raise FormatError(f"{where}: more than {_MAX_ROWS} lines")
+        if not line.strip():
+            if next(lines, None) is not None:
+                raise FormatError(f"{where}: is empty")
+            break
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{where}: cannot be read as JSON ({error})") from error
+        fields = value if isinstance(value, dict) else {"action": value}
+        if not rows:
+            columns = columns or _found_columns(list(fields), where=str(path))
+        missing = [name for name in columns if name not in fields]
+        if missing:
+            raise _no_column(where, missing[0], list(fields))
+        named, row = _spread(columns, [fields[name] for name in columns], where)
+        if rows and len(row) != len(names):
+            raise FormatError(f"{where}: {len(row)} values, {len(names)} in the lines before")
+        names = named if not rows else names
+        rows.append(row)
     read = columns or ("action",)
     return Cells(where=str(path), fields=read, columns=names or read, rows=rows)
 

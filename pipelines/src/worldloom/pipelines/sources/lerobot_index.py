@@ -26,6 +26,7 @@ from typing import Any
 from worldloom.common import ConfigError, FormatError
 
 from .parquet import ParquetFile
+from .text_lines import bounded_lines
 
 _MAX_JSON_BYTES = 1 << 26
 _MAX_LINE_BYTES = 1 << 22
@@ -132,16 +133,9 @@ def load_lines(path: Path, /) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         FormatError: naming the file, and the line that is too long or no JSON object.
     """
-    if not path.is_file():
-        raise FormatError(f"{path}: not found")
-    with path.open("rb") as file:
-        number = 0
-        while content := file.readline(_MAX_LINE_BYTES + 1):
-            number += 1
-            where = f"{path}: line {number}"
-            if len(content) > _MAX_LINE_BYTES:
-                raise FormatError(f"{where}: more than {_MAX_LINE_BYTES} bytes in one line")
-            yield where, _parse(content, where)
+    lines = bounded_lines(path, expected="an object a line", max_line_bytes=_MAX_LINE_BYTES)
+    for where, content in lines:
+        yield where, _parse(content, where)
 
 
 def _parse(content: bytes, where: str) -> dict[str, Any]:

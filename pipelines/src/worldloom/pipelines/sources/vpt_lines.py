@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from worldloom.common import FormatError, parse_json
 
+from .text_lines import bounded_lines
+
 KEYBOARD = {
     "key.keyboard.escape": "ESC",
     "key.keyboard.s": "back",
@@ -72,12 +74,11 @@ def read_lines(path: Path, /) -> Lines:
     keys, camera, menu = bytearray(), array("d"), bytearray()
     stuck = was_stuck = False
     hotbar: int | None = None
-    for number, line in _objects(path):
-        where = f"{path}: line {number}"
+    for where, line in _objects(path):
         mouse = _object(line, "mouse", where)
         pressed = _pressed(line, mouse, where)
         fresh = _list(mouse, "newButtons", where, int)
-        if number == 1:
+        if not menu:
             was_stuck = stuck = fresh == [0]
         elif 0 in fresh:
             stuck = False
@@ -104,22 +105,14 @@ def read_lines(path: Path, /) -> Lines:
     )
 
 
-def _objects(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield the number and the object of every line."""
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file; expected a line of actions for each frame")
-    with path.open("rb") as file:
-        number = 0
-        # Line by line, each no longer than the limit: a stranger's file must not fill the memory.
-        while content := file.readline(_MAX_LINE_BYTES + 1):
-            number += 1
-            where = f"{path}: line {number}"
-            if len(content) > _MAX_LINE_BYTES:
-                raise FormatError(f"{where}: more than {_MAX_LINE_BYTES} bytes in one line")
-            line = parse_json(content, where=where)
-            if not isinstance(line, dict):
-                raise FormatError(f"{where}: expected an object, got {line!r:.60}")
-            yield number, line
+def _objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield where it stands and the object of every line."""
+    expected = "a line of actions for each frame"
+    for where, content in bounded_lines(path, expected=expected, max_line_bytes=_MAX_LINE_BYTES):
+        line = parse_json(content, where=where)
+        if not isinstance(line, dict):
+            raise FormatError(f"{where}: expected an object, got {line!r:.60}")
+        yield where, line
 
 
 def _pressed(line: Mapping[str, Any], mouse: Mapping[str, Any], where: str) -> set[str]:
