@@ -326,6 +326,7 @@ def test_a_damaged_source_shard_is_named_and_what_was_finished_is_kept(
     ended = commands.run("shards", "merge", *two, "--output", output)
     assert ended.code == 3
     assert str(path) in ended.err
+    assert where == "cut" or "--skip-bad 1" in ended.err
     assert ended.out == ""
     if where != "cut":  # which is found before anything is written
         assert [p.name for p in sorted(output.glob("*.tar"))] == [shard_name(n) for n in range(3)]
@@ -337,6 +338,38 @@ def test_a_damaged_source_shard_is_named_and_what_was_finished_is_kept(
     assert hashes(output) == hashes(tmp_path / "d")
     after = identities(output)
     assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_episodes_of_a_damaged_shard_are_left_out_named_and_counted_up_to_a_bound(
+    tmp_path, two, commands, damage
+):
+    b, output = two[1], tmp_path / "c"
+    rows = TokenShards(b).episodes
+    lost = [row.key for row in rows if row.shard == 0]
+    there = members(two[0]) | members(b)
+    path = b / shard_name(0)
+    content = bytearray(path.read_bytes())
+    content[rows[0].codes_offset + rows[0].codes_bytes - 2] ^= 1
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(content[: -512 if damage == "cut" else None])
+    refused = commands.run("shards", "merge", *two, "--output", output, "--skip-bad", 1)
+    assert refused.code == 3
+    assert f"{lost[1]} is one too many (1 were left out before)" in refused.err
+    assert not (output / "manifest.json").exists()
+    ended = commands.run("shards", "merge", *two, "--output", output, "--skip-bad", 2)
+    assert ended.code == 0, ended.err
+    assert all(f"skipped {key}: " in ended.err for key in lost)
+    copied = TokenShards(output)
+    copied.verify()
+    whole = [row.key for folder in two for row in TokenShards(folder, tars_elsewhere=True).episodes]
+    assert [row.key for row in copied.episodes] == [key for key in whole if key not in lost]
+    assert copied.source["skipped"].keys() == set(lost)
+    assert str(tmp_path) not in (output / "manifest.json").read_text()
+    assert members(output) == {
+        name: content for name, content in there.items() if name.partition(".")[0] not in lost
+    }
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 from worldloom.common import (
+    FormatError,
     ShardRecord,
     TokenEpisode,
     TokenShards,
@@ -38,8 +39,8 @@ class Source:
     shards: TokenShards
     prefix: str = ""
     """What is put before its keys."""
-    hashed: set[int] = field(default_factory=set)
-    """Its shards whose bytes were compared with the manifest's hash."""
+    checked: dict[int, FormatError | None] = field(default_factory=dict)
+    """Its shards that were compared with the manifest's hash, and what is wrong with each."""
 
     def key(self, episode: int, /) -> str:
         """Return the key that an episode gets."""
@@ -52,9 +53,7 @@ class Source:
             FormatError: naming the shard, if it is damaged.
         """
         row = self.shards.episodes[episode]
-        if row.shard not in self.hashed:
-            self.shards.check_hash(row.shard)
-            self.hashed.add(row.shard)
+        self._require_whole(row.shard)
         return TokenEpisode(
             key=self.key(episode),
             codes_thw=self.shards.codes_thw(episode),
@@ -63,6 +62,18 @@ class Source:
             split=row.split,
             metadata=self.shards.metadata(episode),
         )
+
+    def _require_whole(self, shard: int) -> None:
+        """Refuse a shard of other bytes than were written: nobody knows which episode they hurt."""
+        if shard not in self.checked:
+            self.checked[shard] = None
+            try:
+                self.shards.check_hash(shard)
+            except FormatError as error:
+                self.checked[shard] = error
+        found = self.checked[shard]
+        if found is not None:
+            raise found
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +138,12 @@ def _place(pick: Pick) -> tuple[int, int]:
     return id(pick.source), pick.source.shards.episodes[pick.episode].shard
 
 
-def write_copy(copy: ShardCopy, /) -> int:
+def write_copy(copy: ShardCopy, /, *, skip_bad: int = 0) -> int:
     """Write what of a copy is not there yet; return how many episodes it has.
+
+    Args:
+        copy: what to write.
+        skip_bad: how many damaged episodes may be left out; each is named.
 
     Raises:
         ConfigError: if the output is not a folder of token shards.
@@ -138,22 +153,34 @@ def write_copy(copy: ShardCopy, /) -> int:
     """
     output, first = copy.output, copy.sources[0].shards
     keep_plan(output, copy.plan)
-    num_episodes = sum(map(len, copy.groups))
     if is_finished(output):
         say(f"{output}: finished before, nothing to do")
-        return num_episodes
+        return len(TokenShards(output).episodes)
     codebook_VZ = first.codebook_VZ()  # a damaged one is found now, not after hours
     remove_leftovers(output)
     before = [finished_shard(output, index) for index in range(len(copy.groups))]
     records = {index: record for index, record in enumerate(before) if record is not None}
     pending = [index for index in range(len(copy.groups)) if index not in records]
     kept = len(records)
+    damaged = _Damaged(skip_bad)
+    for record in records.values():
+        damaged.skipped |= record.skipped
     for index in progress(pending, f"writing {output}", total=len(before), done=kept):
+        here: dict[str, str] = {}
         records[index] = write_shard(
-            output, index, _read(copy.groups[index]), codes=first.codes, actions=first.actions
+            output,
+            index,
+            _read(copy.groups[index], damaged, here),
+            codes=first.codes,
+            actions=first.actions,
+            skipped=here,
         )
-    _write_manifest(copy, [records[index] for index in range(len(copy.groups))], codebook_VZ)
-    size_bytes = sum(record.size_bytes for record in records.values())
+    num_episodes = sum(len(record.episodes) for record in records.values())
+    if num_episodes == 0:
+        raise FormatError(f"{first.folder}: every episode is damaged, so there is nothing to write")
+    in_order = [records[index] for index in range(len(copy.groups))]
+    _write_manifest(copy, in_order, codebook_VZ, damaged.skipped)
+    size_bytes = sum(record.size_bytes for record in in_order)
     say(
         f"wrote {output}: {len(pending)} shards" + (f" ({kept} were there before)" if kept else "")
         + f", {num_episodes} episodes, {size_bytes / 1e6:.1f} MB in all"
@@ -161,20 +188,51 @@ def write_copy(copy: ShardCopy, /) -> int:
     return num_episodes
 
 
-def _read(picks: Sequence[Pick]) -> Iterator[TokenEpisode]:
+@dataclass(slots=True)
+class _Damaged:
+    """Episodes that are left out, and how many may be."""
+
+    bound: int
+    skipped: dict[str, str] = field(default_factory=dict)
+    """What is wrong with each, by its key."""
+
+    def leave_out(self, pick: Pick, error: FormatError) -> str:
+        """Note an episode and return the reason, or raise if it is one too many."""
+        if len(self.skipped) >= self.bound:
+            many = f" ({self.bound} were left out before)" if self.bound else ""
+            raise FormatError(
+                f"{error}; its episode {pick.key} is one too many{many}: mend the shard, or leave "
+                f"out damaged episodes with --skip-bad {self.bound + 1} or more. What was finished "
+                "is kept"
+            ) from error
+        say(f"skipped {pick.key}: {error}")
+        # What is written must not depend on where the folder lies.
+        reason = str(error).replace(f"{pick.source.shards.folder}/", "")
+        self.skipped[pick.key] = reason
+        return reason
+
+
+def _read(picks: Sequence[Pick], damaged: _Damaged, here: dict[str, str]) -> Iterator[TokenEpisode]:
+    """Yield the episodes of a shard to be; those left out are put into `here`."""
     for pick in picks:
-        yield pick.source.read(pick.episode)
+        try:
+            episode = pick.source.read(pick.episode)
+        except FormatError as error:
+            here[pick.key] = damaged.leave_out(pick, error)
+        else:
+            yield episode
 
 
 def _write_manifest(
-    copy: ShardCopy, records: Sequence[ShardRecord], codebook_VZ: npt.NDArray[np.float32]
+    copy: ShardCopy,
+    records: Sequence[ShardRecord],
+    codebook_VZ: npt.NDArray[np.float32],
+    skipped: Mapping[str, str],
 ) -> None:
     """Write the manifest: the first source's, but for episodes, measurements and provenance."""
     first = copy.sources[0].shards
-    kept = [
-        {pick.episode for group in copy.groups for pick in group if pick.source is source}
-        for source in copy.sources
-    ]
+    picks = [pick for group in copy.groups for pick in group if pick.key not in skipped]
+    kept = [{pick.episode for pick in picks if pick.source is source} for source in copy.sources]
     write_manifest(
         copy.output,
         records,
@@ -188,6 +246,7 @@ def _write_manifest(
         ),
         source={
             **copy.made_by,
+            **({"skipped": dict(skipped)} if skipped else {}),
             "sources": [
                 {
                     "manifest": manifest_sha256(source.shards),

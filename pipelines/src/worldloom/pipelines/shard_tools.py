@@ -79,10 +79,13 @@ class ShardsConfig:
     shard_episodes: int = 0
     """Episodes per shard; 0 keeps the shards as they are cut (subset: as many as the largest
     has)."""
+    skip_bad: int = 0
+    """Damaged episodes to leave out at most, of each folder written; each is named and counted. Of
+    a shard whose hash is another, all are damaged."""
 
     def __post_init__(self) -> None:
         """Refuse flags that do not belong together."""
-        require_at_least(0, self, "parts", "num_episodes", "shard_episodes", "seed")
+        require_at_least(0, self, "parts", "num_episodes", "shard_episodes", "seed", "skip_bad")
         for name, action in _ONLY_OF.items():
             if getattr(self, name) and self.action != action:
                 flag = "--" + name.replace("_", "-")
@@ -105,7 +108,8 @@ def shards(config: ShardsConfig) -> Path:
     """Write the folder, or the folders, that were asked for; return --output."""
     prefixes = config.prefix or ("",) * len(config.folders)
     sources = [
-        Source(TokenShards(folder), prefix)
+        # Shards that are missing or cut short are found when their turn comes.
+        Source(TokenShards(folder, tars_elsewhere=config.skip_bad > 0), prefix)
         for folder, prefix in zip(config.folders, prefixes, strict=True)
     ]
     copies = {"merge": _merge, "split": _split, "subset": _subset}[config.action](config, sources)
@@ -116,7 +120,7 @@ def shards(config: ShardsConfig) -> Path:
     if config.action == "split":
         keep_plan(config.output, {**_made_by(config), "parts": [c.output.name for c in copies]})
     for copy in copies:
-        write_copy(copy)
+        write_copy(copy, skip_bad=config.skip_bad)
     say(f"next: {shlex.join(['worldloom', 'info', str(copies[0].output), '--verify'])}")
     return config.output
 

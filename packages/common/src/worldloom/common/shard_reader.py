@@ -112,17 +112,22 @@ class TokenShards:
     def _check_files(self, where: str, *, tars_elsewhere: bool) -> None:
         """Refuse names that leave the folder, and files that are not as long as they should be."""
         plain_name(self._codebook.file, where=where)
-        for file in self.files:
-            path = self.folder / plain_name(file.file, where=where)
-            if tars_elsewhere:
-                continue
-            size = path.stat().st_size if path.is_file() else None
-            if size != file.size_bytes:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise FormatError(
-                    f"{path}: {found}, the manifest says {file.size_bytes}; copy it again, "
-                    "or run `worldloom tokenize` again"
-                )
+        for shard, file in enumerate(self.files):
+            plain_name(file.file, where=where)
+            if not tars_elsewhere:
+                self._check_size(shard)
+
+    def _check_size(self, shard: int) -> None:
+        """Refuse a tar that is not there, or not as long as it should be."""
+        file = self.files[shard]
+        path = self.folder / file.file
+        size = path.stat().st_size if path.is_file() else None
+        if size != file.size_bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise FormatError(
+                f"{path}: {found}, the manifest says {file.size_bytes}; copy it again, "
+                "or run `worldloom tokenize` again"
+            )
 
     def _check_index(self, where: str) -> None:
         """Refuse an index that contradicts itself or the files' sizes."""
@@ -226,6 +231,7 @@ class TokenShards:
         Raises:
             FormatError: naming the shard, if it is another.
         """
+        self._check_size(shard)
         path = self.folder / self.files[shard].file
         with storage_errors(path):
             same = file_sha256(path) == self.files[shard].sha256
