@@ -12,7 +12,7 @@ PROJECTS := pyproject.toml $(wildcard packages/*/pyproject.toml)
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-setup: $(STAMP)  ## install everything into .venv (some minutes, about 6 GB)
+setup: $(STAMP)  ## install everything into .venv (some minutes, about 7 GB)
 
 # The stamp is written last, so an installation that was cut short is done again.
 $(STAMP): $(PROJECTS)
