@@ -241,8 +241,23 @@ def align_rows(
     )
 
 
-def alignment_sentence(alignment: ActionRows, what: str, /) -> str:
+def actions_between(
+    cells: Cells | None, spec: ActionSpec, num_frames: int, /, *, alignment: ActionRows
+) -> ActionArray:
+    """Return the T - 1 raw actions between the frames of a recording; None has no actions.
+
+    Raises:
+        FormatError: if there is another number of rows, or a value is not one of the spec's.
+    """
+    if cells is None:
+        return np.zeros((num_frames - 1, 0), np.int64)
+    return align_rows(to_raw(cells, spec), num_frames, alignment, where=cells.where)
+
+
+def alignment_sentence(spec: ActionSpec, alignment: ActionRows, what: str, /) -> str:
     """Return in words how rows stand beside frames, and how that becomes our alignment."""
+    if spec.kind == "none":
+        return "there are no actions"
     if alignment == "next":
         return (
             f"row i of {what} leads from frame i to frame i + 1, as ours do; of as many rows as "

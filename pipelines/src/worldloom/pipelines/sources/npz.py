@@ -18,7 +18,7 @@ from worldloom.common import ActionArray, ActionSpec, ConfigError, FormatError, 
 
 from ..ingest_config import IngestConfig
 from .action_files import Cells, array_cells
-from .action_survey import Survey, align_rows, alignment_sentence, to_raw
+from .action_survey import Survey, actions_between, align_rows, alignment_sentence
 from .arrays import FrameArray, open_frames, open_npz, read_member
 from .folder import files_below, recording_names
 from .frame_skip import combine_actions, combining_rule
@@ -65,9 +65,7 @@ class ArraysSource:
     @property
     def alignment(self) -> str:
         """How rows stand beside frames."""
-        if self.actions.kind == "none":
-            return "there are no actions"
-        return alignment_sentence(self.settings.actions.alignment, "the actions")
+        return alignment_sentence(self.actions, self.settings.actions.alignment, "the actions")
 
     @property
     def combining(self) -> str:
@@ -129,11 +127,8 @@ class _OpenArrays:
         return self.array.frames()
 
     def actions(self, num_frames: int, /) -> ActionArray:
-        if self.cells is None:
-            return np.zeros((num_frames - 1, 0), np.int64)
-        raw = to_raw(self.cells, self.source.actions)
         alignment = self.source.settings.actions.alignment
-        return align_rows(raw, num_frames, alignment, where=self.cells.where)
+        return actions_between(self.cells, self.source.actions, num_frames, alignment=alignment)
 
     def rewards(self, num_frames: int, /) -> npt.NDArray[np.float32] | None:
         if self.reward_rows is None:

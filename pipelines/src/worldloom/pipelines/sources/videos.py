@@ -14,13 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from worldloom.common import ActionArray, ActionSpec, FormatError, Frames, progress
 
 from ..ingest_config import ActionFileConfig, IngestConfig
 from ..video_files import VIDEO_SUFFIXES, VideoFile
 from .action_files import Cells, read_cells
-from .action_survey import Survey, align_rows, alignment_sentence, to_raw
+from .action_survey import Survey, actions_between, alignment_sentence
 from .folder import files_below, recording_names
 from .frame_skip import combine_actions, combining_rule
 from .source import Recording
@@ -81,9 +80,7 @@ class VideosSource:
     @property
     def alignment(self) -> str:
         """How rows stand beside frames."""
-        if self.actions.kind == "none":
-            return "there are no actions"
-        return alignment_sentence(self.settings.alignment, "the file of actions")
+        return alignment_sentence(self.actions, self.settings.alignment, "the file of actions")
 
     @property
     def combining(self) -> str:
@@ -137,11 +134,8 @@ class _OpenVideo:
         return self.file.frames()
 
     def actions(self, num_frames: int, /) -> ActionArray:
-        if self.cells is None:
-            return np.zeros((num_frames - 1, 0), np.int64)
-        raw = to_raw(self.cells, self.source.actions)
         alignment = self.source.settings.alignment
-        return align_rows(raw, num_frames, alignment, where=self.cells.where)
+        return actions_between(self.cells, self.source.actions, num_frames, alignment=alignment)
 
     def rewards(self, num_frames: int, /) -> None:
         return None
