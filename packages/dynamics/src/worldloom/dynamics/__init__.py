@@ -7,9 +7,6 @@ from worldloom.common import lazy_exports
 if TYPE_CHECKING:
     from .actions import NULL as NULL
     from .config import DynamicsConfig as DynamicsConfig
-    from .config import DynamicsTrainingConfig as DynamicsTrainingConfig
-    from .config import SamplingConfig as SamplingConfig
-    from .config import StreamConfig as StreamConfig
     from .loading import open_held_out as open_held_out
     from .losses import cross_entropy as cross_entropy
     from .mixture import Mixture as Mixture
@@ -19,9 +16,12 @@ if TYPE_CHECKING:
     from .rollout import Snapshot as Snapshot
     from .rollout import generate_codes as generate_codes
     from .sampling import sample_codes as sample_codes
+    from .sampling_config import SamplingConfig as SamplingConfig
     from .spec import DynamicsSpec as DynamicsSpec
     from .streaming import WindowStream as WindowStream
     from .training import train_dynamics_model as train_dynamics_model
+    from .training_config import DynamicsTrainingConfig as DynamicsTrainingConfig
+    from .training_config import StreamConfig as StreamConfig
     from .validation import validate as validate
     from .windows import WindowBatch as WindowBatch
     from .windows import Windows as Windows
@@ -31,16 +31,18 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "actions": ("NULL",),
-        "config": ("DynamicsConfig", "DynamicsTrainingConfig", "SamplingConfig", "StreamConfig"),
+        "config": ("DynamicsConfig",),
         "loading": ("open_held_out",),
         "losses": ("cross_entropy",),
         "mixture": ("Mixture", "check_alike"),
         "model": ("DynamicsModel",),
         "rollout": ("Rollout", "Snapshot", "generate_codes"),
         "sampling": ("sample_codes",),
+        "sampling_config": ("SamplingConfig",),
         "spec": ("DynamicsSpec",),
         "streaming": ("WindowStream",),
         "training": ("train_dynamics_model",),
+        "training_config": ("DynamicsTrainingConfig", "StreamConfig"),
         "validation": ("validate",),
         "windows": ("WindowBatch", "WindowSource", "Windows"),
     },

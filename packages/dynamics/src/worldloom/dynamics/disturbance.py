@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from worldloom.common import stream
 
 from .actions import NULL
-from .config import DynamicsTrainingConfig
+from .training_config import DynamicsTrainingConfig
 from .windows import WindowBatch
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from worldloom.common import ConfigError, TokenShards, fingerprint
 
-from .config import StreamConfig
 from .mixture import Mixture, check_alike, weights_of
+from .training_config import StreamConfig
 from .windows import StoredWindows, Windows, WindowSource
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from worldloom.common import FormatError, ShapeError, bind_shape
 
 from .actions import NULL
-from .config import SamplingConfig
 from .kv_cache import KVCache
 from .model import DynamicsModel
 from .sampling import keyed_gumbel, sample_codes
+from .sampling_config import SamplingConfig
 from .sequence import flatten_codes, unflatten_codes
 
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from .config import SamplingConfig
+from .sampling_config import SamplingConfig
 
 _LEAST_TEMPERATURE = 1e-6
 """Below it the likeliest code wins anyway, and dividing by it would leave float32."""

@@ -39,7 +39,7 @@ from worldloom.common import (
     stream_episodes,
 )
 
-from .config import StreamConfig
+from .training_config import StreamConfig
 from .windows import StoredWindows, WindowBatch, episodes_of, rows_of
 
 Item = TypeVar("Item")

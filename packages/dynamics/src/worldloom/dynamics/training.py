@@ -40,12 +40,13 @@ from worldloom.common import (
     write_json,
 )
 
-from .config import DynamicsConfig, DynamicsTrainingConfig, StreamConfig
+from .config import DynamicsConfig
 from .disturbance import disturb
 from .loading import Ahead, TrainingData
 from .losses import cross_entropy, num_right, num_targets
 from .model import DynamicsModel
 from .spec import DynamicsSpec
+from .training_config import DynamicsTrainingConfig, StreamConfig
 from .validation import validate_all
 from .windows import WindowBatch, WindowSource
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .config import SamplingConfig
 from .losses import cross_entropy, num_right
 from .model import DynamicsModel
 from .rollout import generate_codes
+from .sampling_config import SamplingConfig
 from .windows import WindowBatch, WindowSource
 
 if TYPE_CHECKING:
