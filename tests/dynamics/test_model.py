@@ -134,9 +134,9 @@ def test_the_last_windows_mask_is_kept_and_no_other():
     model = make_model()
     for frames in (3, 5, 4, 4):
         model(random_codes(model, frames), random_slots(model, frames))
-    key, (_, mask_LL) = model._kept
+    key, (_, sight) = model._kept
     assert key[0] == 4
-    assert mask_LL.shape == (5 + 3 * 12,) * 2
+    assert sight.mask_LL.shape == (5 + 3 * 12,) * 2
 
 
 def test_training_goes_on_after_a_forward_in_inference_mode():
@@ -152,7 +152,7 @@ def test_the_weights_are_a_function_of_the_seed_alone():
     torch.manual_seed(99)
     same, other = make_model(seed=3), make_model(seed=4)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
-    assert not torch.equal(one.to_logits.weight, other.to_logits.weight)
+    assert not torch.equal(one.head.to_logits.weight, other.head.to_logits.weight)
     torch.random.set_rng_state(torch_state)
 
 

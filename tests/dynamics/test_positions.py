@@ -6,10 +6,28 @@ from dataclasses import replace
 import pytest
 import torch
 from dynamics.toys import make_model, random_codes, random_slots
-from worldloom.dynamics.positions import no_place, rotary, rotate
-from worldloom.dynamics.sequence import Grid, shift_before, shift_beside, sight_mask
+from worldloom.dynamics.positions import Axes, beside, in_space, in_time, no_place, rotate
+from worldloom.dynamics.sequence import (
+    Grid,
+    shift_before,
+    shift_beside,
+    sight_mask,
+    space_mask,
+    time_mask,
+)
 
 ORDERS = ("raster", "row", "frame")
+
+
+def rotary(frames_L, rows_L, columns_L, *, head_dim, positions="axial"):
+    axes = Axes.of(head_dim, positions)
+    return beside(in_time(frames_L, axes), in_space(rows_L, columns_L, axes))
+
+
+def places(height, width, frames):
+    """frames_L, rows_L, columns_L of the cells of some frames."""
+    spots = [(t, y, x) for t in range(frames) for y in range(height) for x in range(width)]
+    return list(torch.tensor(spots).T)
 
 
 def scores_LL(frames_L, rows_L, columns_L, *, head_dim=16):
@@ -22,17 +40,26 @@ def scores_LL(frames_L, rows_L, columns_L, *, head_dim=16):
 
 @pytest.mark.parametrize("shift", [(5000, 0, 0), (0, 7, 0), (0, 0, 9), (100_000, 3, 5)])
 def test_scores_depend_on_differences_of_places_alone(shift):
-    places = Grid(3, 4, "raster").places(0, 3)
-    moved = [place + by for place, by in zip(places, shift, strict=True)]
-    assert (scores_LL(*places) - scores_LL(*moved)).abs().max() < 1e-5
+    here = places(3, 4, 3)
+    moved = [place + by for place, by in zip(here, shift, strict=True)]
+    assert (scores_LL(*here) - scores_LL(*moved)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_scores_depend_on_every_axis(axis):
-    places = list(Grid(3, 4, "raster").places(0, 3))
-    before = scores_LL(*places)
-    places[axis] = places[axis] * 2
-    assert (before - scores_LL(*places)).abs().max() > 0.1
+    here = places(3, 4, 3)
+    before = scores_LL(*here)
+    here[axis] = here[axis] * 2
+    assert (before - scores_LL(*here)).abs().max() > 0.1
+
+
+def test_positions_of_time_alone_leave_no_pair_to_rows_and_columns():
+    here = places(3, 4, 3)
+    turn = rotary(*here, head_dim=16, positions="time")
+    assert turn.cos.shape == (36, 8)
+    for axis in (1, 2):
+        here[axis] = here[axis] * 2
+        assert torch.equal(rotary(*here, head_dim=16, positions="time").cos, turn.cos)
 
 
 def test_a_rotation_is_the_textbooks_turn_of_every_pair():
@@ -73,7 +100,7 @@ def test_shifting_all_frames_by_5000_changes_no_logit(order):
                 frame, codes_BtSQ[:, now - 1], slots_BTA[:, now - 1 : now], cache
             )
             last = model.cached_tokens(there, slice(0, 12), codes_BtSQ[:, now])
-        logits.append(model.to_logits(last))
+        logits.append(model.head(last))
     assert (logits[0] - logits[1]).abs().max() < 1e-5
 
 
@@ -85,37 +112,80 @@ def test_meta_tokens_are_equally_near_to_every_frame_yet_told_apart():
         query[:, :1].expand(-1, 4, -1, -1),
         rotary(frames_L, torch.ones(4), torch.ones(4), head_dim=16).rotation(),
     )
-    metas = rotate(key, no_place(4, head_dim=16).rotation())
+    metas = rotate(key, no_place(4, Axes.of(16, "axial")).rotation())
     scores = turned[0, :, 0] @ metas[0, :, 0].T
     assert (scores - scores[0]).abs().max() < 1e-5
     assert scores[0].std() > 0.1
 
 
+def tokens_of(grid, frames):
+    """(frame, cell) of every token of a window; actions that have tokens are cells below 0."""
+    return [
+        (frame, cell)
+        for frame in range(grid.first_frame, frames)
+        for cell in range(-grid.lead, grid.cells)
+    ]
+
+
+def sees_in_frame(grid, cell, other):
+    """Whether a token sees another of its own frame, by the words of the docstrings."""
+    group = {"raster": 1, "row": grid.width, "frame": grid.cells}[grid.order]
+    if other < 0:
+        return True
+    return cell >= 0 and other // group <= cell // group
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("num_meta", [0, 2])
-def test_the_mask_is_its_definition(order, num_meta):
-    grid = Grid(2, 3, order)
-    frames_L, rows_L, columns_L = grid.places(grid.first_frame, 5)
-    cells_L = rows_L * 3 + columns_L
-    mask_LL = sight_mask(frames_L, cells_L, grid=grid, context_frames=2, num_meta=num_meta)
-    group = {"raster": 1, "row": 3, "frame": 6}[order]
-    tokens = list(zip(frames_L.tolist(), cells_L.tolist(), strict=True))
+@pytest.mark.parametrize("lead", [0, 2])
+def test_the_mask_is_its_definition(order, num_meta, lead):
+    grid = Grid(2, 3, order, lead=lead)
+    tokens = tokens_of(grid, 5)
+    frames = 5 - grid.first_frame
+    mask_LL = sight_mask(grid, frames=frames, context_frames=2, num_meta=num_meta)
+    assert mask_LL.shape == (num_meta + len(tokens),) * 2
+    assert mask_LL[:num_meta, :num_meta].all()
     for i, (frame, cell) in enumerate(tokens):
         assert mask_LL[num_meta + i, :num_meta].all()
         assert not mask_LL[:num_meta, num_meta + i].any()
-        for j, (other_frame, other_cell) in enumerate(tokens):
+        for j, (other_frame, other) in enumerate(tokens):
             one_before = other_frame == frame - 1
-            beside = other_frame == frame and other_cell // group <= cell // group
-            assert mask_LL[num_meta + i, num_meta + j] == (one_before or beside)
+            in_frame = other_frame == frame and sees_in_frame(grid, cell, other)
+            assert mask_LL[num_meta + i, num_meta + j] == (one_before or in_frame)
 
 
-def test_every_cell_of_a_window_has_a_place_of_its_own():
-    places = Grid(3, 5, "raster").places(0, 4)
-    assert len(set(zip(*(place.tolist() for place in places), strict=True))) == 60
-    part = Grid(3, 5, "raster").places(2, 3, 4, 9)
-    assert list(zip(*(place.tolist() for place in part), strict=True)) == [
-        (2, 0, 4), (2, 1, 0), (2, 1, 1), (2, 1, 2), (2, 1, 3)
-    ]  # fmt: skip
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("lead", [0, 2])
+def test_the_factors_of_a_mask_are_their_definitions(order, lead):
+    grid = Grid(2, 3, order, lead=lead)
+    within = space_mask(grid, frames=3, num_meta=4)
+    frame_before = order != "frame"  # its cells are decided together, and see all of it anyway
+    assert within.shape == (3, 1, grid.tokens, 4 + (1 + frame_before) * grid.tokens)
+    assert within[..., :4].all()
+    assert torch.equal(within[0, 0, :, -grid.tokens :], grid.own_sight())
+    if frame_before:
+        seen_f = within[..., 4 : 4 + grid.tokens].flatten(1)
+        assert seen_f.all(1).tolist() == [False, True, True]
+        assert not seen_f[0].any()
+    own_TT = grid.own_sight()
+    for cell in range(-lead, grid.cells):
+        for other in range(-lead, grid.cells):
+            assert own_TT[lead + cell, lead + other] == sees_in_frame(grid, cell, other)
+    along = time_mask(frames=4, context_frames=2, num_meta=1)
+    assert along.int().tolist() == [
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 0, 1, 1, 0],
+        [1, 0, 0, 1, 1],
+    ]
+
+
+@pytest.mark.parametrize("lead", [0, 2])
+def test_the_first_forward_of_a_frame_brings_its_actions(lead):
+    grid = Grid(2, 3, "row", lead=lead)
+    spans = [grid.tokens_of(slice(*group)) for group in grid.groups()]
+    assert spans == [slice(0, lead + 3), slice(lead + 3, lead + 6)]
+    assert [place.tolist() for place in grid.places()] == [[0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]]
 
 
 def test_a_token_is_fed_the_code_before_it_or_above_it_and_never_its_own():

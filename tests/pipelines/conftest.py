@@ -138,7 +138,7 @@ def tiny_chain(tmp_path_factory) -> TinyChain:
     ).eval()
     with torch.no_grad():  # fresh weights hardly listen; these do, at random
         model.actions.table.weight.mul_(50)
-        model.to_logits.weight.mul_(20)
+        model.head.to_logits.weight.mul_(20)
     model.save(folder / "model", card="tiny")
     return TinyChain(folder, tokenizer, model)
 

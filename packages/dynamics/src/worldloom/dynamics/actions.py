@@ -1,6 +1,6 @@
 """Action slots -> vectors: one embedding per step, slot and value; null is its own.
 
-    slots_BfrA integers  ->  actions_BfD, the sum over the r steps and A slots that lead to a frame
+    slots_BfrA integers  ->  actions_BfrD, one vector for each of the r steps that lead to a frame
 
 Slot values are those of ActionSpec.encode. A step whose slots are NULL ("no action was given")
 gets the learned null embedding, which no action of the game shares: a no-op is an action. Several
@@ -8,7 +8,6 @@ keys at once are summed, and a key means the same in whichever slot it stands.
 """
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from worldloom.common import ActionSpec
 
@@ -40,7 +39,6 @@ class ActionEmbedding(nn.Module):
         nn.init.normal_(self.table.weight, std=0.02)
 
     def forward(self, slots_BfrA: Tensor, /) -> Tensor:
-        """Return actions_BfD."""
-        rows = rearrange(slots_BfrA + self.first_rows_rA, "B f r A -> B f (r A)")
-        actions_BfD: Tensor = self.table(rows).sum(dim=2)
-        return actions_BfD
+        """Return actions_BfrD, each the sum over its slots."""
+        actions_BfrD: Tensor = self.table(slots_BfrA + self.first_rows_rA).sum(dim=-2)
+        return actions_BfrD

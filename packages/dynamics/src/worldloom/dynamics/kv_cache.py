@@ -1,11 +1,11 @@
 """Keys and values of past frames, allocated once: append, slide, snapshot.
 
-    keys and values of some tokens  ->  written in place; a view of all that may be seen comes back
+    keys and values of some tokens  ->  written in place; what may be seen comes back
 
-Layout of the key axis: M meta tokens, then a ring of `context_frames` slots of S cells. Frame f
-lives in slot (f - first_frame) mod context_frames, so a new frame overwrites the one that slides
-out, and nothing moves: attention does not care in which order keys lie, since each carries its
-own rotation. Frame 5,000 costs what frame 50 costs.
+Layout of the key axis: M meta tokens, then a ring of `context_frames` slots of T tokens, those of
+one latent frame. Frame f lives in slot (f - first_frame) mod context_frames, so a new frame
+overwrites the one that slides out, and nothing moves: attention does not care in which order keys
+lie, since each carries its own rotation. Frame 5,000 costs what frame 50 costs.
 """
 
 from dataclasses import dataclass, replace
@@ -23,41 +23,55 @@ class KVCache:
     """One rollout's keys and values, every layer's."""
 
     keys: Tensor
-    """(layers, B, N, M + context_frames * S, K)."""
+    """(layers, B, N, M + context_frames * T, K)."""
     values: Tensor
     num_meta: int
-    cells: int
+    frame_tokens: int
+    """Tokens of a latent frame, T."""
     context_frames: int
     first_frame: int
     """The first latent frame that has tokens, and so keys, of its own."""
 
     @classmethod
     def allocate(
-        cls, config: DynamicsConfig, grid: Grid, /, *, batch: int, device: torch.device
+        cls,
+        config: DynamicsConfig,
+        grid: Grid,
+        /,
+        *,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """Allocate the whole cache of a rollout, float32."""
-        length = config.num_meta_tokens + config.context_frames * grid.cells
+        """Allocate the whole cache of a rollout."""
+        length = config.num_meta_tokens + config.context_frames * grid.tokens
         head_dim = config.dim // config.num_heads
         shape = (config.num_layers, batch, config.num_heads, length, head_dim)
         return cls(
-            keys=torch.zeros(shape, device=device),
-            values=torch.zeros(shape, device=device),
+            keys=torch.zeros(shape, device=device, dtype=dtype),
+            values=torch.zeros(shape, device=device, dtype=dtype),
             num_meta=config.num_meta_tokens,
-            cells=grid.cells,
+            frame_tokens=grid.tokens,
             context_frames=config.context_frames,
             first_frame=grid.first_frame,
         )
 
+    def slot(self, frame: int, /) -> int:
+        """Return the slot of the ring in which a frame lies."""
+        return (frame - self.first_frame) % self.context_frames
+
     def places(self, frame: int, start: int, stop: int, /) -> slice:
-        """Return where cells [start, stop) of a frame lie on the key axis."""
-        slot = (frame - self.first_frame) % self.context_frames
-        base = self.num_meta + slot * self.cells
+        """Return where tokens [start, stop) of a frame lie on the key axis."""
+        base = self.num_meta + self.slot(frame) * self.frame_tokens
         return slice(base + start, base + stop)
+
+    def frames(self, frame: int, /) -> int:
+        """Return how many slots, from the first, hold a frame once `frame` is in."""
+        return min(frame - self.first_frame + 1, self.context_frames)
 
     def visible(self, frame: int, /) -> int:
         """Return how many keys, from the first, hold meta tokens or frames up to `frame`."""
-        frames = min(frame - self.first_frame + 1, self.context_frames)
-        return self.num_meta + frames * self.cells
+        return self.num_meta + self.frames(frame) * self.frame_tokens
 
     @property
     def size_bytes(self) -> int:
@@ -67,21 +81,3 @@ class KVCache:
     def clone(self) -> Self:
         """Return an independent copy."""
         return replace(self, keys=self.keys.clone(), values=self.values.clone())
-
-
-@dataclass(frozen=True, slots=True)
-class CacheView:
-    """What one forward does with a cache: where its tokens go, and how far it sees."""
-
-    cache: KVCache
-    places: slice
-    """Where on the key axis the keys of its tokens are written."""
-    visible: int
-    """How many keys, from the first, it sees."""
-
-    def put(self, layer: int, key_BNsK: Tensor, value_BNsK: Tensor, /) -> tuple[Tensor, Tensor]:
-        """Write a layer's keys and values of the tokens; return all that is seen, (B, N, M, K)."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[:, :, self.places] = key_BNsK
-        values[:, :, self.places] = value_BNsK
-        return keys[:, :, : self.visible], values[:, :, : self.visible]

@@ -1,14 +1,14 @@
 """The dynamics model: codes and actions -> logits of the next latent frame's codes.
 
-    codes_Bthw, slots_BTA (r per latent frame after the first)  ->  logits_BfSV, f = 1 .. t-1
-    codes_BthwQ where cells have levels, slots_BTA              ->  logits_BfSQV
+    codes_Bthw, slots_BTA (r per latent frame after the first)  ->  tokens_BfSD, f = 1 .. t-1
+    tokens_BfSD                                                 ->  logits_BfSV
+    tokens_BfSD, codes_BthwQ where cells have levels            ->  logits_BfSQV
 
 Codes enter as their codebook vectors (a fixed table from the shards) through a learned
 projection, with a learned vector per code beside it; a learned embedding of the cell tells the
-grid apart, and every token is fed its own cell's code one frame before. Logits leave through an
-untied head: heads tied to the codebook (dot product, distance) learned far less in prototypes.
-There is one token a cell, however many levels it has: see level_head.py. Inside, codes always have
-a last axis Q.
+grid apart, and every token is fed its own cell's code one frame before. Logits leave through a head
+of their own or against the codebook (heads.py). There is one token a cell, however many levels it
+has: see level_head.py. Inside, codes always have a last axis Q.
 
 Source: the recipe of genie2-pytorch, without the defects that DESIGN lists.
 """
@@ -35,16 +35,44 @@ from worldloom.common import (
     to_plain,
 )
 
-from .actions import ActionEmbedding
+from .action_head import ActionHead
+from .actions import NULL, ActionEmbedding
 from .code_embedding import CodeEmbedding
 from .config import DynamicsConfig
-from .kv_cache import CacheView, KVCache
+from .heads import CodeHead
+from .kv_cache import KVCache
 from .level_head import LevelHead
 from .meta_tokens import MetaTokens
-from .positions import Rotary, Rotation, beside, in_space, in_time, join, no_place, rotary
-from .sequence import Grid, flatten_codes, shift_before, shift_beside, sight_mask
+from .positions import (
+    Axes,
+    Rotary,
+    Rotation,
+    every,
+    in_space,
+    in_time,
+    join,
+    no_place,
+    nowhere_in_space,
+)
+from .sequence import (
+    Grid,
+    flatten_codes,
+    shift_before,
+    shift_beside,
+    sight_mask,
+    space_mask,
+    time_mask,
+)
+from .sight import (
+    FactorisedFrameCache,
+    FactorisedWindow,
+    FrameCache,
+    MetaCache,
+    Sight,
+    Window,
+)
 from .spec import DynamicsSpec
-from .transformer import Sight, Transformer
+from .transformer import Transformer
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +86,12 @@ class OpenFrame:
     """Index of the latent frame in the video; the frames before it are in the cache."""
     before_BSQ: Tensor
     """Codes of the frame before."""
-    fed_BSD: Tensor
-    """What every token is fed, but for the code beside it."""
+    fed_BTD: Tensor
+    """What every token is fed, but for the code beside it; actions with tokens first."""
     turn: Rotation
     """Every token's rotation."""
-    mask_SM: Tensor | None
-    """Which of the visible keys every token may see; None for all."""
+    mask_TM: Tensor | None
+    """Which of the visible keys every token may see; None for all, or where layers take turns."""
     cache: KVCache
 
 
@@ -95,31 +123,53 @@ class DynamicsModel(nn.Module):
         codes = spec.tokenizer.codes
         self.config = config
         self.spec = spec
-        self.grid = Grid(codes.grid_height, codes.grid_width, config.order)
         self.steps_per_frame = codes.frames_per_latent
+        # A video without actions has nothing to put into tokens of their own.
+        prepended = config.action_input == "prepended" and spec.actions.num_slots > 0
+        self.grid = Grid(
+            codes.grid_height,
+            codes.grid_width,
+            config.order,
+            lead=self.steps_per_frame if prepended else 0,
+        )
+        self.axes = Axes.of(config.dim // config.num_heads, config.positions)
         codebook_QVZ = _codebook_QVZ(codebook_VZ, codes)
         with library_seed(seed, "dynamics-weights"):
             self.meta = MetaTokens(config.num_meta_tokens, config.dim)
-            self.before = CodeEmbedding(codebook_QVZ, config.dim)
+            self.before = CodeEmbedding(codebook_QVZ, config.dim) if config.previous_frame else None
             self.beside = CodeEmbedding(codebook_QVZ, config.dim) if self.grid.beside else None
-            self.cell = nn.Embedding(self.grid.cells, config.dim)
-            nn.init.normal_(self.cell.weight, std=0.5)
+            self.cell = nn.Embedding(self.grid.cells, config.dim) if config.cell_embedding else None
+            if self.cell is not None:
+                nn.init.normal_(self.cell.weight, std=0.5)
             self.actions = ActionEmbedding(spec.actions, steps=self.steps_per_frame, dim=config.dim)
             self.transformer = Transformer(config)
-            self.to_logits = nn.Linear(config.dim, codes.vocab_size)
-            nn.init.normal_(self.to_logits.weight, std=0.02)
+            self.head = CodeHead(config.head, codebook_QVZ[0], dim=config.dim)
             self.level_head = (
-                LevelHead(codebook_QVZ, dim=config.dim, ff_mult=config.ff_mult)
+                LevelHead(codebook_QVZ, dim=config.dim, ff_mult=config.ff_mult, head=config.head)
                 if codes.num_levels > 1
                 else None
             )
+            # Last, so that the other weights are the same with it and without.
+            self.action_head = (
+                ActionHead(
+                    codebook_QVZ,
+                    spec.actions,
+                    steps=self.steps_per_frame,
+                    cells=self.grid.cells,
+                    dim=config.dim,
+                    num_heads=config.num_heads,
+                    ff_mult=config.ff_mult,
+                )
+                if config.action_head and spec.actions.num_slots > 0
+                else None
+            )
         self._add_frame_constants()
-        self._kept: tuple[tuple[int, torch.device], tuple[Rotation, Tensor]] | None = None
+        self._kept: tuple[tuple[int, torch.device], tuple[Rotation, Sight]] | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.cell.weight.device
+        return self.own_TT.device
 
     def forward(
         self, codes_Bthw: Tensor, slots_BTA: Tensor, /, *, inputs_Bthw: Tensor | None = None
@@ -138,37 +188,60 @@ class DynamicsModel(nn.Module):
         Raises:
             ShapeError: if grid, levels or number of steps are not the spec's, or t is below 2.
         """
+        tokens_BfSD = self.tokens(codes_Bthw, slots_BTA, inputs_Bthw=inputs_Bthw)
+        return self.logits(tokens_BfSD, codes_Bthw)
+
+    def tokens(
+        self, codes_Bthw: Tensor, slots_BTA: Tensor, /, *, inputs_Bthw: Tensor | None = None
+    ) -> Tensor:
+        """Return tokens_BfSD of latent frames 1 .. t-1 after all layers; arguments as `forward`'s.
+
+        They have seen the codes of earlier frames, by the order some of their own, and the actions
+        up to those that lead to their frame.
+        """
         codes = self.spec.tokenizer.codes
-        codes_BtSQ = flatten_codes("codes", codes_Bthw, codes)
-        batch, frames = codes_BtSQ.shape[:2]
+        fed_BtSQ = flatten_codes("codes", codes_Bthw, codes)
+        batch, frames = fed_BtSQ.shape[:2]
         if frames < 2:
             raise ShapeError(f"codes: {frames} latent frames; a frame is predicted from one before")
-        fed_BtSQ = codes_BtSQ
         if inputs_Bthw is not None:
             fed_BtSQ = flatten_codes("inputs", inputs_Bthw, codes)
         slots_BfrA = self._slots_BfrA(slots_BTA, batch, frames)
-        first, no_code = self.grid.first_frame, codes.vocab_size
-        before_BtSQ = shift_before(fed_BtSQ, pad=no_code)
+        first = self.grid.first_frame
+        before_BtSQ = shift_before(fed_BtSQ, pad=codes.vocab_size)
         parts = [self.meta(batch)]
         if first == 0:  # no action leads to frame 0
             parts.append(self._feed(fed_BtSQ[:, :1], before_BtSQ[:, :1], None))
         parts.append(self._feed(fed_BtSQ[:, 1:], before_BtSQ[:, 1:], slots_BfrA))
-        turn, mask_LL = self._window_constants(frames)
-        out_BLD = self.transformer(torch.cat(parts, dim=1), turn, Sight(mask_LL))
-        skip = self.config.num_meta_tokens + (1 - first) * self.grid.cells
-        out_BLD, true_BLQ = out_BLD[:, skip:], codes_BtSQ[:, 1:].flatten(1, 2)
-        levels = [self.level_logits(out_BLD, true_BLQ[..., :q]) for q in range(codes.num_levels)]
-        logits_BLV = levels[0] if len(levels) == 1 else torch.stack(levels, dim=2)
-        return rearrange(logits_BLV, "B (f S) ... -> B f S ...", S=self.grid.cells)
+        turn, sight = self._window_constants(frames)
+        out_BLD = self.transformer(torch.cat(parts, dim=1), turn, sight)
+        skip = self.config.num_meta_tokens + (1 - first) * self.grid.tokens
+        out_BfTD = rearrange(out_BLD[:, skip:], "B (f T) D -> B f T D", T=self.grid.tokens)
+        return out_BfTD[:, :, self.grid.lead :]
 
-    def start_cache(self, *, batch: int) -> KVCache:
+    def logits(self, tokens_BfSD: Tensor, codes_Bthw: Tensor, /) -> Tensor:
+        """Return logits_BfSV, or logits_BfSQV, of tokens from `tokens`.
+
+        Args:
+            tokens_BfSD: those of frames 1 .. t-1.
+            codes_Bthw: the true codes of frames 0 .. t-1, from which later levels know the earlier.
+        """
+        codes = self.spec.tokenizer.codes
+        true_BfSQ = flatten_codes("codes", codes_Bthw, codes)[:, 1:]
+        levels = [
+            self.level_logits(tokens_BfSD, true_BfSQ[..., :q]) for q in range(codes.num_levels)
+        ]
+        return levels[0] if len(levels) == 1 else torch.stack(levels, dim=3)
+
+    def start_cache(self, *, batch: int, dtype: torch.dtype = torch.float32) -> KVCache:
         """Return a rollout's cache that holds the meta tokens and no frame yet."""
-        cache = KVCache.allocate(self.config, self.grid, batch=batch, device=self.device)
+        cache = KVCache.allocate(
+            self.config, self.grid, batch=batch, device=self.device, dtype=dtype
+        )
         num_meta = self.config.num_meta_tokens
         if num_meta:
-            turn = no_place(num_meta, head_dim=self.head_dim).rotation().to(self.device)
-            view = CacheView(cache, slice(0, num_meta), num_meta)
-            self.transformer(self.meta(batch), turn, Sight(None, view))
+            turn = no_place(num_meta, self.axes).rotation().to(self.device)
+            self.transformer(self.meta(batch), turn, MetaCache(cache))
         return cache
 
     def open_frame(
@@ -184,22 +257,18 @@ class DynamicsModel(nn.Module):
         """
         if frame == 0:
             before_BSQ = torch.full_like(before_BSQ, self.spec.tokenizer.codes.vocab_size)
-        fed_BSD = self.before(before_BSQ) + self.cell.weight
-        if slots_BrA is not None:
-            fed_BSD = fed_BSD + self.actions(slots_BrA[:, None])
-        now = in_time(torch.tensor([frame]), head_dim=self.head_dim).to(self.device)
-        turn = beside(
-            Rotary(*(part.expand(self.grid.cells, -1) for part in now)),
-            Rotary(self.space_cos, self.space_sin),
-        )
-        mask_SM = None
-        if self.grid.group < self.grid.cells:
+        slots_BfrA = None if slots_BrA is None else slots_BrA[:, None]
+        fed_BTD = self._feed_but_beside(before_BSQ[:, None], slots_BfrA)[:, 0]
+        now = in_time(torch.tensor([frame]), self.axes).to(self.device)
+        turn = every(now, Rotary(self.space_cos, self.space_sin)).rotation()
+        mask_TM = None
+        if self.config.attention == "full" and not self._sees_whole_frame:
             # What lies in the frame's place behind the cells decided so far is left over from the
             # frame that slid out.
-            shape = (self.grid.cells, cache.visible(frame))
-            mask_SM = torch.ones(shape, dtype=torch.bool, device=self.device)
-            mask_SM[:, cache.places(frame, 0, self.grid.cells)] = self.own_SS
-        return OpenFrame(frame, before_BSQ, fed_BSD, turn.rotation(), mask_SM, cache)
+            shape = (self.grid.tokens, cache.visible(frame))
+            mask_TM = torch.ones(shape, dtype=torch.bool, device=self.device)
+            mask_TM[:, cache.places(frame, 0, self.grid.tokens)] = self.own_TT
+        return OpenFrame(frame, before_BSQ, fed_BTD, turn, mask_TM, cache)
 
     def cached_tokens(self, there: OpenFrame, cells: slice, codes_BSQ: Tensor, /) -> Tensor:
         """Return tokens_BsD of some cells after all layers, and put their keys into the cache.
@@ -211,41 +280,35 @@ class DynamicsModel(nn.Module):
             cells: which cells; those before them in the order are decided, and in the cache.
             codes_BSQ: codes of the frame, as far as they are decided.
         """
-        tokens_BsD = there.fed_BSD[:, cells]
+        span = self.grid.tokens_of(cells)
+        tokens_BLD = there.fed_BTD[:, span]
+        lead = tokens_BLD.shape[1] - (cells.stop - cells.start)
         if self.beside is not None:
             beside_BSQ = shift_beside(codes_BSQ, there.before_BSQ, self.grid)
-            tokens_BsD = tokens_BsD + self.beside(beside_BSQ[:, cells])
-        view = CacheView(
-            there.cache,
-            there.cache.places(there.frame, cells.start, cells.stop),
-            there.cache.visible(there.frame),
+            beside_BsD = self.beside(beside_BSQ[:, cells])
+            tokens_BLD = torch.cat([tokens_BLD[:, :lead], tokens_BLD[:, lead:] + beside_BsD], dim=1)
+        out_BLD: Tensor = self.transformer(
+            tokens_BLD, there.turn.of(span), self._frame_sight(there, span)
         )
-        sight = Sight(None if there.mask_SM is None else there.mask_SM[cells], view)
-        out_BsD: Tensor = self.transformer(tokens_BsD, there.turn.of(cells), sight)
-        return out_BsD
+        return out_BLD[:, lead:]
 
     def level_logits(self, tokens_BLD: Tensor, below_BLq: Tensor, /) -> Tensor:
         """Return logits_BLV of level q of some cells.
 
         Args:
-            tokens_BLD: the cells' tokens after all layers.
+            tokens_BLD: the cells' tokens after all layers, with any axes in front of D.
             below_BLq: the cells' own codes of the levels below q, from level 0 on; none for q = 0.
         """
         if below_BLq.shape[-1] == 0:
-            logits_BLV: Tensor = self.to_logits(tokens_BLD)
+            logits_BLV: Tensor = self.head(tokens_BLD)
         else:
             assert self.level_head is not None
             logits_BLV = self.level_head(tokens_BLD, below_BLq)
         return logits_BLV
 
-    def remember(self, there: OpenFrame, codes_BSQ: Tensor, /) -> None:
-        """Put the keys of a whole frame whose codes are known into the cache."""
-        self.cached_tokens(there, slice(0, self.grid.cells), codes_BSQ)
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head, K."""
-        return self.config.dim // self.config.num_heads
+    def remember(self, there: OpenFrame, codes_BSQ: Tensor, /) -> Tensor:
+        """Put the keys of a whole frame whose codes are known into the cache; return tokens_BSD."""
+        return self.cached_tokens(there, slice(0, self.grid.cells), codes_BSQ)
 
     def _slots_BfrA(self, slots_BTA: Tensor, batch: int, frames: int) -> Tensor:
         """Check slots against the frames and cut them into the r steps of every latent frame."""
@@ -257,16 +320,46 @@ class DynamicsModel(nn.Module):
 
     def _feed(self, codes_BfSQ: Tensor, before_BfSQ: Tensor, slots_BfrA: Tensor | None) -> Tensor:
         """Return tokens_BLD of whole frames: the sum of what every token is fed."""
-        tokens_BfSD: Tensor = self.before(before_BfSQ) + self.cell.weight
+        fed_BfTD = self._feed_but_beside(before_BfSQ, slots_BfrA)
         if self.beside is not None:
-            beside_BfSQ = shift_beside(codes_BfSQ, before_BfSQ, self.grid)
-            tokens_BfSD = tokens_BfSD + self.beside(beside_BfSQ)
-        if slots_BfrA is not None:
-            tokens_BfSD = tokens_BfSD + self.actions(slots_BfrA)[:, :, None]
-        return tokens_BfSD.flatten(1, 2)
+            beside_BfSD = self.beside(shift_beside(codes_BfSQ, before_BfSQ, self.grid))
+            lead = self.grid.lead
+            fed_BfTD = torch.cat([fed_BfTD[:, :, :lead], fed_BfTD[:, :, lead:] + beside_BfSD], 2)
+        return fed_BfTD.flatten(1, 2)
 
-    def _window_constants(self, frames: int) -> tuple[Rotation, Tensor]:
-        """Return rotation and mask of a window of latent frames; those of the last are kept."""
+    def _feed_but_beside(self, before_BfSQ: Tensor, slots_BfrA: Tensor | None) -> Tensor:
+        """Return what tokens are fed besides codes of their own frame, (B, f, T, D).
+
+        Without slots no action leads to the frame: nothing is added, and actions that have tokens
+        are null.
+        """
+        batch, frames, cells, _ = before_BfSQ.shape
+        fed_BfSD = torch.zeros(batch, frames, cells, self.config.dim, device=self.device)
+        if self.before is not None:
+            fed_BfSD = self.before(before_BfSQ)
+        if self.cell is not None:
+            fed_BfSD = fed_BfSD + self.cell.weight
+        if self.grid.lead:
+            if slots_BfrA is None:
+                shape = (batch, frames, self.steps_per_frame, self.spec.actions.num_slots)
+                slots_BfrA = before_BfSQ.new_full(shape, NULL)
+            return torch.cat([self.actions(slots_BfrA).to(fed_BfSD.dtype), fed_BfSD], dim=2)
+        if slots_BfrA is not None:
+            fed_BfSD = fed_BfSD + self.actions(slots_BfrA).sum(2)[:, :, None]
+        return fed_BfSD
+
+    def _frame_sight(self, there: OpenFrame, span: slice) -> Sight:
+        """Return what some tokens of an open frame see."""
+        if self.config.attention == "factorised":
+            return FactorisedFrameCache(
+                there.cache, there.frame, span.start, span.stop,
+                own_LT=self.own_TT[span], frame_before=self.grid.beside > 0,
+            )  # fmt: skip
+        mask_LM = None if there.mask_TM is None else there.mask_TM[span]
+        return FrameCache(there.cache, there.frame, span.start, span.stop, mask_LM)
+
+    def _window_constants(self, frames: int) -> tuple[Rotation, Sight]:
+        """Return rotation and sight of a window of latent frames; those of the last are kept."""
         key = (frames, self.device)
         if self._kept is None or self._kept[0] != key:
             # Made while generating, they may be needed for training: not as inference tensors.
@@ -274,34 +367,37 @@ class DynamicsModel(nn.Module):
                 self._kept = (key, self._make_window_constants(frames))
         return self._kept[1]
 
-    def _make_window_constants(self, frames: int) -> tuple[Rotation, Tensor]:
-        """Return rotation and mask_LL of a window, meta tokens first."""
-        frames_L, rows_L, columns_L = self.grid.places(self.grid.first_frame, frames)
-        num_meta = self.config.num_meta_tokens
-        turn = join(
-            no_place(num_meta, head_dim=self.head_dim),
-            rotary(frames_L, rows_L, columns_L, head_dim=self.head_dim),
+    def _make_window_constants(self, frames: int) -> tuple[Rotation, Sight]:
+        """Return rotation and sight of a window, meta tokens first."""
+        grid, context_frames = self.grid, self.config.context_frames
+        num_meta, device = self.config.num_meta_tokens, self.device
+        frames_f = torch.arange(grid.first_frame, frames)
+        now_f = in_time(frames_f, self.axes)
+        turn = join(no_place(num_meta, self.axes), every(now_f, self._space_rotary()))
+        count = {"frames": len(frames_f), "num_meta": num_meta}
+        if self.config.attention == "factorised":
+            within = space_mask(grid, **count).to(device)
+            along = time_mask(context_frames=context_frames, **count).to(device)
+            return turn.rotation().to(device), FactorisedWindow(num_meta, within, along)
+        mask_LL = sight_mask(grid, context_frames=context_frames, **count).to(device)
+        return turn.rotation().to(device), Window(mask_LL)
+
+    def _space_rotary(self) -> Rotary:
+        """Return the part of the rotation of a frame's tokens that is the same in every frame."""
+        return join(
+            nowhere_in_space(self.grid.lead, self.axes), in_space(*self.grid.places(), self.axes)
         )
-        mask_LL = sight_mask(
-            frames_L,
-            rows_L * self.grid.width + columns_L,
-            grid=self.grid,
-            context_frames=self.config.context_frames,
-            num_meta=num_meta,
-        )
-        return turn.rotation().to(self.device), mask_LL.to(self.device)
 
     def _add_frame_constants(self) -> None:
         """Keep what of a frame's rotation and mask is the same in every frame."""
-        _, rows_S, columns_S = self.grid.places(0, 1)
-        space = in_space(rows_S, columns_S, head_dim=self.head_dim)
-        group_S = torch.arange(self.grid.cells) // self.grid.group
-        self.register_buffer("space_cos", space.cos, persistent=False)
-        self.register_buffer("space_sin", space.sin, persistent=False)
-        self.register_buffer("own_SS", group_S[None, :] <= group_S[:, None], persistent=False)
+        space_T, own_TT = self._space_rotary(), self.grid.own_sight()
+        self.register_buffer("space_cos", space_T.cos, persistent=False)
+        self.register_buffer("space_sin", space_T.sin, persistent=False)
+        self.register_buffer("own_TT", own_TT, persistent=False)
         self.space_cos: Tensor
         self.space_sin: Tensor
-        self.own_SS: Tensor
+        self.own_TT: Tensor
+        self._sees_whole_frame = bool(own_TT.all())
 
     def save(self, folder: Path, /, *, card: str) -> None:
         """Write a model directory that `from_pretrained` reads."""

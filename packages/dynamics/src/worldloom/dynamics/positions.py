@@ -1,26 +1,50 @@
 """Where a token stands: axial rotary positions over (t, h, w).
 
-    frames_L, rows_L, columns_L  ->  Rotary (cos, sin) of (L, K/2)  ->  Rotation  ->  rotate
+    frames_f, space_T  ->  Rotary (cos, sin) of (f * T, K/2)  ->  Rotation  ->  rotate
 
-A share of every head's channel pairs turns with the latent frame, the rest with row and column.
-Time is the frame's index in the video, the same in training, in cached sampling and after the
-window has slid: attention sees differences only. Angles are computed in float64, or frame 5,000
-would be blurred by rounding, and on the CPU, since not every device has float64.
+A share of every head's channel pairs turns with the latent frame, the rest with row and column;
+or all with the latent frame (`Axes`). Time is the frame's index in the video, the same in training,
+in cached sampling and after the window has slid: attention sees differences only. Angles are
+computed in float64, or frame 5,000 would be blurred by rounding, and on the CPU, since not every
+device has float64.
+
+What has no place on an axis (a meta token in time, an action in space) keeps no part in that axis'
+channels. Not turning it would put it at place 0 instead: a query of frame 5,000 would meet it at an
+angle that no training showed.
 
 Source: RoFormer (arXiv:2104.09864), axial as in arXiv:2403.13298. Departs: base 100, not 10,000,
 because windows are tens of frames long and grids tens of cells wide.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .config import Positions
+
 _BASE = 100.0
 
 
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """How the channel pairs of a head are dealt out."""
+
+    time: int
+    """Pairs that turn with the latent frame."""
+    space: int
+    """Pairs that turn with the row, and as many with the column."""
+
+    @classmethod
+    def of(cls, head_dim: int, positions: Positions, /) -> "Axes":
+        """Return those of a head of width K = head_dim, which is even."""
+        space = 0 if positions == "time" else head_dim // 2 * 3 // 10
+        return cls(time=head_dim // 2 - 2 * space, space=space)
+
+
 class Rotary(NamedTuple):
-    """Cosines and sines of every token's angles, (L, K/2)."""
+    """Cosines and sines of every token's angles, (L, K/2) or some of these pairs."""
 
     cos: Tensor
     sin: Tensor
@@ -51,42 +75,42 @@ class Rotation(NamedTuple):
         return Rotation(self.own[tokens], self.partner[tokens])
 
 
-def rotary(frames_L: Tensor, rows_L: Tensor, columns_L: Tensor, /, *, head_dim: int) -> Rotary:
-    """Return the rotation of tokens at these places.
-
-    Args:
-        frames_L: index of the latent frame in the video, any integer.
-        rows_L: row in the grid.
-        columns_L: column in the grid.
-        head_dim: width K of one head, even.
-    """
-    return beside(
-        in_time(frames_L, head_dim=head_dim), in_space(rows_L, columns_L, head_dim=head_dim)
-    )
+def in_time(frames_L: Tensor, axes: Axes, /) -> Rotary:
+    """Return the part of the rotation that the latent frame decides; any integers."""
+    return _turns(frames_L, axes.time)
 
 
-def in_time(frames_L: Tensor, /, *, head_dim: int) -> Rotary:
-    """Return the part of the rotation that the latent frame decides."""
-    return _turns(frames_L, head_dim // 2 - 2 * _pairs_per_axis(head_dim))
-
-
-def in_space(rows_L: Tensor, columns_L: Tensor, /, *, head_dim: int) -> Rotary:
+def in_space(rows_L: Tensor, columns_L: Tensor, axes: Axes, /) -> Rotary:
     """Return the part of the rotation that row and column decide."""
-    pairs = _pairs_per_axis(head_dim)
-    return beside(_turns(rows_L, pairs), _turns(columns_L, pairs))
+    return beside(_turns(rows_L, axes.space), _turns(columns_L, axes.space))
 
 
-def no_place(num_tokens: int, /, *, head_dim: int) -> Rotary:
-    """Return the rotation of tokens without a place, which are equally near to every frame.
+def nowhere_in_space(num_tokens: int, axes: Axes, /) -> Rotary:
+    """Return that part for tokens that belong to a frame and to no cell of it."""
+    zeros = torch.zeros(num_tokens, 2 * axes.space)
+    return Rotary(zeros, zeros)
 
-    Not turning them would put them at frame 0: a query of frame 5,000 would meet them at an angle
-    that no training showed. So they keep no part in the channels that turn with time.
-    """
-    spatial = 2 * _pairs_per_axis(head_dim)
+
+def no_place(num_tokens: int, axes: Axes, /) -> Rotary:
+    """Return the rotation of tokens without a place, which are equally near to every frame."""
     cos = torch.cat(
-        [torch.zeros(num_tokens, head_dim // 2 - spatial), torch.ones(num_tokens, spatial)], dim=-1
+        [torch.zeros(num_tokens, axes.time), torch.ones(num_tokens, 2 * axes.space)], dim=-1
     )
     return Rotary(cos, torch.zeros_like(cos))
+
+
+def every(now_f: Rotary, space_T: Rotary, /) -> Rotary:
+    """Return the rotations of the T tokens of each of f frames, frame after frame.
+
+    Args:
+        now_f: the frames' part, from `in_time`.
+        space_T: the tokens' part, the same in every frame.
+    """
+    frames, tokens = len(now_f.cos), len(space_T.cos)
+    return beside(
+        Rotary(*(part.repeat_interleave(tokens, dim=0) for part in now_f)),
+        Rotary(*(part.repeat(frames, 1) for part in space_T)),
+    )
 
 
 def join(first: Rotary, second: Rotary, /) -> Rotary:
@@ -106,11 +130,6 @@ def rotate(tokens_BLNK: Tensor, rotation: Rotation, /) -> Tensor:
     own, partner = (factors[:, None].to(tokens_BLNK.dtype) for factors in rotation)
     partners_BLNK = tokens_BLNK.roll(tokens_BLNK.shape[-1] // 2, dims=-1)
     return torch.addcmul(tokens_BLNK * own, partners_BLNK, partner)
-
-
-def _pairs_per_axis(head_dim: int) -> int:
-    """Return how many channel pairs turn with the row, and as many with the column."""
-    return head_dim // 2 * 3 // 10
 
 
 def _turns(places_L: Tensor, pairs: int) -> Rotary:

@@ -2,16 +2,17 @@
 
     codes_Bthw, or codes_BthwQ      <->  codes_BtSQ, Q = 1 where a cell has one code
     codes_BtSQ                       ->  codes of the same cell one frame before; codes beside
-    frames, cells                    ->  frames_L, rows_L, columns_L: where the tokens stand
-    the same, an order, a context    ->  mask_LL: what they see
+    an order                         ->  own_TT: what the tokens of a frame see of each other
+    the same, frames, a context      ->  mask_LL: what all tokens see; or its factors
 
 There is one token per cell and latent frame, and it predicts that cell's code: all Q levels of it
 (level_head.py). Its input never holds that code; it holds
 
-    the same cell's code one latent frame before        (every order)
+    the same cell's code one latent frame before        (every order; a choice for all but `frame`)
     the code before it (raster) or above it (row)        nothing for `frame`; the first cells, of
                                                          the last cells of the frame before
-    the actions that lead to the frame                   r of them, A slots each
+    the actions that lead to the frame                   r of them, A slots each; or these are r
+                                                         tokens of their own in front of the cells
 
 which is next-token prediction with the shift written out: a cell's own place is at the token that
 predicts it, so a frame whose cells are decided together needs no placeholder tokens. Frame 0 is
@@ -30,16 +31,23 @@ from .config import Order
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The cells of a latent frame, and in which order they are decided."""
+    """The tokens of a latent frame: its actions, if they have tokens, and its cells, in order."""
 
     height: int
     width: int
     order: Order
+    lead: int = 0
+    """Action tokens in front of the cells: r, or 0 where actions are added to the cells."""
 
     @property
     def cells(self) -> int:
         """Cells per latent frame, S."""
         return self.height * self.width
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per latent frame, T."""
+        return self.lead + self.cells
 
     @property
     def first_frame(self) -> int:
@@ -60,14 +68,23 @@ class Grid:
         """Return the [start, stop) of the cells of every forward, in order."""
         return [(start, start + self.group) for start in range(0, self.cells, self.group)]
 
-    def places(
-        self, first: int, last: int, start: int = 0, stop: int | None = None, /
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (frames_L, rows_L, columns_L) of cells [start, stop) of frames [first, last)."""
-        cells = torch.arange(start, self.cells if stop is None else stop)
-        frames_L = torch.arange(first, last).repeat_interleave(len(cells))
-        cells_L = cells.repeat(last - first)
-        return frames_L, cells_L // self.width, cells_L % self.width
+    def tokens_of(self, cells: slice, /) -> slice:
+        """Return the tokens that a forward of these cells runs: the first brings the actions."""
+        return slice(self.lead + cells.start if cells.start else 0, self.lead + cells.stop)
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Return rows_S and columns_S of the cells."""
+        cells_S = torch.arange(self.cells)
+        return cells_S // self.width, cells_S % self.width
+
+    def own_sight(self) -> Tensor:
+        """Return own_TT, True where a token may see another of its own frame.
+
+        Actions see actions; a cell sees them and the groups up to its own.
+        """
+        lead_A = torch.full((self.lead,), -1)
+        group_T = torch.cat([lead_A, torch.arange(self.cells) // self.group])
+        return group_T[None, :] <= group_T[:, None]
 
 
 def flatten_codes(name: str, codes_Bthw: Tensor, spec: CodeSpec, /) -> Tensor:
@@ -115,20 +132,47 @@ def shift_before(codes_BtSQ: Tensor, /, *, pad: int) -> Tensor:
     return torch.cat([torch.full_like(codes_BtSQ[:, :1], pad), codes_BtSQ[:, :-1]], dim=1)
 
 
-def sight_mask(
-    frames_L: Tensor, cells_L: Tensor, /, *, grid: Grid, context_frames: int, num_meta: int
-) -> Tensor:
-    """Return mask_LL, True where the token of a row may see that of a column, meta tokens first.
+def sight_mask(grid: Grid, /, *, frames: int, context_frames: int, num_meta: int) -> Tensor:
+    """Return mask_LL of meta tokens and frames, True where the token of a row sees a column's.
 
     Meta tokens see each other; every token sees them, the frames before its own up to
-    `context_frames` in all, and of its own frame the groups up to its own.
+    `context_frames` in all, and of its own frame what `Grid.own_sight` says.
     """
-    group_L = cells_L // grid.group
-    behind = frames_L[:, None] - frames_L[None, :]
-    earlier = (behind > 0) & (behind < context_frames)
-    beside = (behind == 0) & (group_L[None, :] <= group_L[:, None])
-    length = num_meta + len(frames_L)
-    mask = torch.zeros(length, length, dtype=torch.bool)
-    mask[:, :num_meta] = True
-    mask[num_meta:, num_meta:] = earlier | beside
-    return mask
+    behind_ff = _behind(frames)
+    earlier_ff = (behind_ff > 0) & (behind_ff < context_frames)
+    tokens = grid.tokens
+    among = earlier_ff.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+    for start in range(0, len(among), tokens):
+        among[start : start + tokens, start : start + tokens] = grid.own_sight()
+    length = num_meta + len(among)
+    mask_LL = torch.zeros(length, length, dtype=torch.bool)
+    mask_LL[:, :num_meta] = True
+    mask_LL[num_meta:, num_meta:] = among
+    return mask_LL
+
+
+def space_mask(grid: Grid, /, *, frames: int, num_meta: int) -> Tensor:
+    """Return (f, 1, T, M + T): what tokens see within frames, meta tokens first.
+
+    Where cells are decided one after the other, (f, 1, T, M + 2 T): the frame before is seen too.
+    """
+    seen = grid.own_sight().expand(frames, 1, -1, -1)
+    if grid.beside:
+        before = torch.ones_like(seen)
+        before[0] = False
+        seen = torch.cat([before, seen], dim=-1)
+    sinks = torch.ones(frames, 1, grid.tokens, num_meta, dtype=torch.bool)
+    return torch.cat([sinks, seen], dim=-1)
+
+
+def time_mask(*, frames: int, context_frames: int, num_meta: int) -> Tensor:
+    """Return (f, M + f): what a token sees of itself in other frames, meta tokens first."""
+    behind_ff = _behind(frames)
+    seen = (behind_ff >= 0) & (behind_ff < context_frames)
+    return torch.cat([torch.ones(frames, num_meta, dtype=torch.bool), seen], dim=-1)
+
+
+def _behind(frames: int) -> Tensor:
+    """Return by how many frames the one of a column lies behind that of a row."""
+    count_f = torch.arange(frames)
+    return count_f[:, None] - count_f[None, :]

@@ -2,41 +2,31 @@
 
     tokens_BLD, rotation, what may be seen  ->  tokens_BLD
 
-The feed-forward layers are x-transformers'. The attention beside them is ours, because
-x-transformers' cache grows by concatenation, is causal only and takes no mask, while ours is
-written in place (kv_cache.py) and must see rows and frames as the order says. Queries and keys
-are normalised per head (arXiv:2302.05442), and values mix with the first layer's by a learned
-share (value residual, arXiv:2410.17897), which is free.
+The feed-forward layers and the residual streams are x-transformers'. The attention beside them is
+ours, because x-transformers' cache grows by concatenation, is causal only and takes no mask, while
+ours is written in place (kv_cache.py) and sees what the order says (sight.py). Queries and keys are
+normalised per head (arXiv:2302.05442), and values mix with the first layer's by a learned share
+(value residual, arXiv:2410.17897), which is free.
 """
 
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from .config import DynamicsConfig
-from .kv_cache import CacheView
 from .positions import Rotation, rotate
+from .sight import Sight
 
 with warnings.catch_warnings():
     # x-transformers 2.31 scripts a function on import, which torch 2.15 warns of; a person who
     # trains can do nothing about it. Remove when x-transformers stops.
     warnings.simplefilter("ignore", FutureWarning)
-    from x_transformers.x_transformers import FeedForward
-
-
-@dataclass(frozen=True, slots=True)
-class Sight:
-    """What the tokens of one forward may see: each other, or what lies in a cache."""
-
-    mask: Tensor | None
-    """(queries, keys), True where a query may see a key; None for everywhere."""
-    view: CacheView | None = None
-    """Where the tokens' own keys go first, and how far they see."""
+    from x_transformers.x_transformers import FeedForward, HyperConnection
 
 
 class Attention(nn.Module):
@@ -54,7 +44,8 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(config.dim, config.dim, bias=False)
         nn.init.zeros_(self.to_out.weight)
         # The share of the first layer's values, per head; sigmoid(-2) = 0.12 at the start.
-        self.value_mix = nn.Parameter(torch.full((config.num_heads, 1), -2.0)) if layer else None
+        mixes = config.value_residual and layer > 0
+        self.value_mix = nn.Parameter(torch.full((config.num_heads,), -2.0)) if mixes else None
 
     def forward(
         self, tokens_BLD: Tensor, turn: Rotation, sight: Sight, first_values: Tensor | None, /
@@ -72,12 +63,12 @@ class Attention(nn.Module):
         if first_values is None:
             first_values = value
         if self.value_mix is not None:
-            value = torch.lerp(value, first_values, self.value_mix.sigmoid().to(value.dtype))
-        query, key, heads = (part.transpose(1, 2) for part in (query, key, value))
-        if sight.view is not None:
-            key, heads = sight.view.put(self.layer, key, heads)
+            share_N1 = self.value_mix.sigmoid().to(value.dtype)[:, None]
+            value = torch.lerp(value, first_values, share_N1)
         with _attention_precision(tokens_BLD):
-            seen_BNLK = scaled_dot_product_attention(query, key, heads, attn_mask=sight.mask)
+            seen_BNLK = sight.seen(
+                self.layer, *(part.transpose(1, 2) for part in (query, key, value))
+            )
         added_BLD: Tensor = self.to_out(rearrange(seen_BNLK, "B N L K -> B L (N K)"))
         return added_BLD, first_values
 
@@ -102,23 +93,84 @@ def gated_feed_forward(dim: int, /, *, mult: float) -> nn.Sequential:
     return nn.Sequential(nn.RMSNorm(dim), layer)
 
 
+class Layer(nn.Module):
+    """Attention, then a gated feed-forward; each adds to the residual stream, or to its streams."""
+
+    def __init__(self, config: DynamicsConfig, index: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, index)
+        self.feed_forward = gated_feed_forward(config.dim, mult=config.ff_mult)
+        self.streams: nn.ModuleList | None = None
+        if config.residual_streams > 1:
+            self.streams = nn.ModuleList(
+                HyperConnection(
+                    config.dim,
+                    layer_index=2 * index + half,
+                    num_residual_streams=config.residual_streams,
+                )
+                for half in range(2)
+            )
+
+    def forward(
+        self, tokens_BLD: Tensor, turn: Rotation, sight: Sight, first_values: Tensor | None, /
+    ) -> tuple[Tensor, Tensor]:
+        """Return tokens_BLD after the layer, and the first layer's values_BLNK.
+
+        With several streams, (B * streams, L, D) goes in and comes out.
+        """
+        values: list[Tensor] = []
+
+        def attend(tokens_BLD: Tensor) -> Tensor:
+            added_BLD, value = self.attention(tokens_BLD, turn, sight, first_values)
+            values.append(value)
+            return added_BLD
+
+        tokens_BLD = self._add(0, attend, tokens_BLD)
+        tokens_BLD = self._add(1, self.feed_forward, tokens_BLD)
+        return tokens_BLD, values[0]
+
+    def _add(self, half: int, branch: Callable[[Tensor], Tensor], tokens_BLD: Tensor) -> Tensor:
+        """Return the residual stream, or streams, after a branch."""
+        if self.streams is None:
+            return tokens_BLD + branch(tokens_BLD)
+        connection = self.streams[half]
+        branch_BLD, streams_BLsD, weights = connection.prepare(tokens_BLD)
+        added: Tensor = connection(branch(branch_BLD), streams_BLsD, **weights)
+        return added
+
+
 class Transformer(nn.Module):
     """Pre-norm layers of attention and gated feed-forward."""
 
     def __init__(self, config: DynamicsConfig) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList(Attention(config, i) for i in range(config.num_layers))
-        self.feed_forwards = nn.ModuleList(
-            gated_feed_forward(config.dim, mult=config.ff_mult) for _ in range(config.num_layers)
-        )
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim)
+        self.num_streams = config.residual_streams
+        self.recompute = False
+        """Whether training computes each layer again for its gradient, which keeps far less."""
 
     def forward(self, tokens_BLD: Tensor, turn: Rotation, sight: Sight, /) -> Tensor:
         """Return tokens_BLD after all layers and the last norm."""
+        recompute = self.recompute and torch.is_grad_enabled()
+        if self.num_streams > 1:
+            tokens_BLD = repeat(tokens_BLD, "B L D -> (B s) L D", s=self.num_streams)
         first_values: Tensor | None = None
-        for attention, feed_forward in zip(self.attentions, self.feed_forwards, strict=True):
-            added_BLD, first_values = attention(tokens_BLD, turn, sight, first_values)
-            tokens_BLD = tokens_BLD + added_BLD
-            tokens_BLD = tokens_BLD + feed_forward(tokens_BLD)
+        for layer in self.layers:
+            if recompute:
+                tokens_BLD, first_values = checkpoint(
+                    layer, tokens_BLD, turn, sight, first_values, use_reentrant=False
+                )
+            else:
+                tokens_BLD, first_values = layer(tokens_BLD, turn, sight, first_values)
+        if self.num_streams > 1:
+            tokens_BLD = reduce(tokens_BLD, "(B s) L D -> B L D", "sum", s=self.num_streams)
         out_BLD: Tensor = self.norm(tokens_BLD)
         return out_BLD
+
+    def hidden_matrices(self) -> Iterator[nn.Parameter]:
+        """Yield the matrices between hidden vectors: what Muon is for."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            for part in (layer.attention, layer.feed_forward):
+                yield from (p for p in part.parameters() if p.ndim == 2)

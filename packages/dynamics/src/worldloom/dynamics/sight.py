@@ -1,0 +1,186 @@
+"""What a token sees: queries, keys and values of a forward -> what attention found.
+
+    query, key, value (B, N, L, K), layer  ->  seen_BNLK
+
+One class for each way in which a forward may look around. Among all tokens at once, or factorised,
+where layers take turns (even ones look within a frame, odd ones along the frames of a token); in a
+window, where all tokens are there, or in a cache, where the tokens of a forward put their own keys
+first and then look at what lies there. Meta tokens are seen by all, and see each other alone.
+
+A factorised layer within a frame shows the frame before too, where cells are decided one after the
+other: a cell could never learn otherwise what became of the cells behind it.
+
+Source: factorised attention, arXiv:2103.15691 (model 3) and Genie (arXiv:2402.15391, section 2.1).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.functional import scaled_dot_product_attention as attend
+
+from .kv_cache import KVCache
+
+
+class Sight(Protocol):
+    """What the tokens of one forward may see."""
+
+    def seen(
+        self, layer: int, query_BNLK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor, /
+    ) -> Tensor:
+        """Return what attention finds for every query, (B, N, L, K)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Tokens that see each other, as a mask says."""
+
+    mask_LL: Tensor
+
+    def seen(self, layer: int, query: Tensor, key: Tensor, value: Tensor, /) -> Tensor:
+        """Return seen_BNLK."""
+        return attend(query, key, value, attn_mask=self.mask_LL)
+
+
+@dataclass(frozen=True, slots=True)
+class FactorisedWindow:
+    """Meta tokens, then f frames of T tokens; layers take turns."""
+
+    num_meta: int
+    space_mask: Tensor
+    """(f, 1, T, M + T), or (f, 1, T, M + 2 T) with the frame before in front of the own one."""
+    time_mask: Tensor
+    """(f, M + f)."""
+
+    def seen(self, layer: int, query: Tensor, key: Tensor, value: Tensor, /) -> Tensor:
+        """Return seen_BNLK."""
+        meta, frames = self.num_meta, len(self.time_mask)
+        mine = [part[:, :, meta:].unflatten(2, (frames, -1)) for part in (query, key, value)]
+        sinks = [part[:, :, :meta] for part in (key, value)]
+        look = self._along_time if layer % 2 else self._within_frames
+        found = look(mine, sinks).flatten(2, 3)
+        if not meta:
+            return found
+        among = attend(query[:, :, :meta], *sinks)
+        return torch.cat([among, found], dim=2)
+
+    def _within_frames(self, mine: list[Tensor], sinks: list[Tensor]) -> Tensor:
+        """Return (B, N, f, T, K) of tokens that see their frame, and maybe the one before."""
+        query, key, value = mine
+        batch, _, frames, tokens, _ = query.shape
+        both = self.space_mask.shape[-1] > self.num_meta + tokens
+        each = [_fold_frames(query)]
+        for part, sink in zip((key, value), sinks, strict=True):
+            own = _fold_frames(part)
+            if both:
+                before = _fold_frames(pad(part[:, :, :-1], (0, 0, 0, 0, 1, 0)))
+                own = torch.cat([before, own], dim=2)
+            sinks_ = repeat(sink, "B N M K -> (B f) N M K", f=frames)
+            each.append(torch.cat([sinks_, own], dim=2))
+        mask = self.space_mask.repeat(batch, 1, 1, 1)
+        return rearrange(attend(*each, attn_mask=mask), "(B f) N T K -> B N f T K", f=frames)
+
+    def _along_time(self, mine: list[Tensor], sinks: list[Tensor]) -> Tensor:
+        """Return (B, N, f, T, K) of tokens that see themselves in earlier frames."""
+        tokens = mine[0].shape[3]
+        each = [rearrange(part, "B N f T K -> (B T) N f K") for part in mine]
+        for number, sink in enumerate(sinks, start=1):
+            sinks_ = repeat(sink, "B N M K -> (B T) N M K", T=tokens)
+            each[number] = torch.cat([sinks_, each[number]], dim=2)
+        found = attend(*each, attn_mask=self.time_mask)
+        return rearrange(found, "(B T) N f K -> B N f T K", T=tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class MetaCache:
+    """Meta tokens alone, which begin a cache."""
+
+    cache: KVCache
+
+    def seen(self, layer: int, query: Tensor, key: Tensor, value: Tensor, /) -> Tensor:
+        """Put the keys into the cache; return seen_BNLK."""
+        _put(self.cache, layer, slice(0, self.cache.num_meta), key, value)
+        return attend(query, key, value)
+
+
+@dataclass(frozen=True, slots=True)
+class FrameCache:
+    """Some tokens of the newest frame, before all that the cache holds."""
+
+    cache: KVCache
+    frame: int
+    start: int
+    stop: int
+    """Which tokens of the frame: [start, stop)."""
+    mask_LM: Tensor | None
+    """Which of the visible keys each of them may see; None for all."""
+
+    def seen(self, layer: int, query: Tensor, key: Tensor, value: Tensor, /) -> Tensor:
+        """Put the keys into the cache; return seen_BNLK."""
+        cache = self.cache
+        _put(cache, layer, cache.places(self.frame, self.start, self.stop), key, value)
+        visible = cache.visible(self.frame)
+        keys, values = cache.keys[layer, :, :, :visible], cache.values[layer, :, :, :visible]
+        return attend(query, keys, values, attn_mask=self.mask_LM)
+
+
+@dataclass(frozen=True, slots=True)
+class FactorisedFrameCache:
+    """The same for layers that take turns."""
+
+    cache: KVCache
+    frame: int
+    start: int
+    stop: int
+    own_LT: Tensor
+    """Which tokens of their own frame each of them may see."""
+    frame_before: bool
+    """Whether layers within a frame see the frame before."""
+
+    def seen(self, layer: int, query: Tensor, key: Tensor, value: Tensor, /) -> Tensor:
+        """Put the keys into the cache; return seen_BNLK."""
+        cache = self.cache
+        _put(cache, layer, cache.places(self.frame, self.start, self.stop), key, value)
+        look = self._along_time if layer % 2 else self._within_frame
+        return look(query, cache.keys[layer], cache.values[layer])
+
+    def _within_frame(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Return seen_BNLK of tokens that see their frame, and maybe the one before."""
+        cache, meta = self.cache, self.cache.num_meta
+        places = [slice(0, meta)]
+        if self.frame_before and self.frame > cache.first_frame:
+            places.append(cache.places(self.frame - 1, 0, cache.frame_tokens))
+        places.append(cache.places(self.frame, 0, cache.frame_tokens))
+        keys, values = (
+            torch.cat([part[:, :, place] for place in places], dim=2) for part in (keys, values)
+        )
+        others = keys.shape[2] - cache.frame_tokens
+        return attend(query, keys, values, attn_mask=pad(self.own_LT, (others, 0), value=True))
+
+    def _along_time(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Return seen_BNLK of tokens that see themselves in earlier frames."""
+        cache, meta, tokens = self.cache, self.cache.num_meta, self.stop - self.start
+        frames = cache.frames(self.frame)
+        each = [rearrange(query, "B N L K -> (B L) N 1 K")]
+        for part in (keys, values):
+            ring = part[:, :, meta:].unflatten(2, (cache.context_frames, cache.frame_tokens))
+            mine = rearrange(
+                ring[:, :, :frames, self.start : self.stop], "B N f L K -> (B L) N f K"
+            )
+            sinks = repeat(part[:, :, :meta], "B N M K -> (B L) N M K", L=tokens)
+            each.append(torch.cat([sinks, mine], dim=2))
+        return rearrange(attend(*each), "(B L) N 1 K -> B N L K", L=tokens)
+
+
+def _fold_frames(part: Tensor) -> Tensor:
+    """Return (B f, N, T, K) of (B, N, f, T, K)."""
+    return rearrange(part, "B N f T K -> (B f) N T K")
+
+
+def _put(cache: KVCache, layer: int, places: slice, key: Tensor, value: Tensor) -> None:
+    """Write keys and values of some tokens to their places."""
+    cache.keys[layer, :, :, places] = key
+    cache.values[layer, :, :, places] = value
