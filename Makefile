@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+# Processes that share the test files out, each with one thread.
+WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/installed
 PROJECTS := pyproject.toml $(wildcard packages/*/pyproject.toml)
@@ -33,7 +35,7 @@ play:  ## not yet: playing in the browser comes with a later release
 	@echo 'that you write down: $(BIN)/worldloom generate --help'
 
 test: setup  ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: setup  ## format, lint, types, import contracts; changes nothing
 	$(BIN)/ruff format --check .

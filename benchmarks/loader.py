@@ -362,7 +362,13 @@ def run_waiting(report: Report, folder: Path, *, quick: bool, seed: int) -> None
     """Train with the demo's settings, and see how long it waits."""
     corpora = [
         write_corpus(
-            folder / f"demo-{number}", shards=3, episodes=16, frames=75, grid=8, seed=seed + number
+            # 4x4 cells are the demo's; with more, updates take longer and hide the waiting.
+            folder / f"demo-{number}",
+            shards=3,
+            episodes=16,
+            frames=75,
+            grid=4,
+            seed=seed + number,
         )
         for number in range(2)
     ]
@@ -400,7 +406,8 @@ def run_waiting(report: Report, folder: Path, *, quick: bool, seed: int) -> None
             )
             row = next(row for row in read_metrics(run) if "data_wait_share" in row)
             shares[kind].append(100 * row["data_wait_share"])
-            predicted = training.batch_windows * (training.window_frames - 1) * 64
+            cells = corpora[0].codes.cells
+            predicted = training.batch_windows * (training.window_frames - 1) * cells
             seconds[kind].append(predicted / row["tokens_per_s"])
     report.table(
         "waiting",

@@ -79,10 +79,7 @@ class Report:
         self, name: str, rows: Sequence[Mapping[str, Any]], /, *, settings: Mapping[str, Any]
     ) -> None:
         """Print rows of the same columns as a Markdown table, under what they were made with."""
-        self._data["tables"][name] = {
-            "settings": dict(settings),
-            "rows": [dict(row) for row in rows],
-        }
+        self.keep(name, rows, settings=settings)
         self._print(f"\n## {name}")
         self._print(", ".join(f"{key} {_text(value)}" for key, value in settings.items()) + "\n")
         columns = list(rows[0])
@@ -92,6 +89,15 @@ class Report:
             self._print("| " + " | ".join(map(str.ljust, line, widths)) + " |")
             if number == 0:
                 self._print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+    def keep(
+        self, name: str, rows: Sequence[Mapping[str, Any]], /, *, settings: Mapping[str, Any]
+    ) -> None:
+        """Keep a table for the file without printing it: what there is of it so far."""
+        self._data["tables"][name] = {
+            "settings": dict(settings),
+            "rows": [dict(row) for row in rows],
+        }
 
     def write(self, path: Path | None) -> None:
         """Write everything as JSON, if a file was asked for."""

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,14 @@ def write_episode() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     """Write one random episode; return its frames and raw actions."""
 
     def write(
-        folder: Path, key: str, /, *, spec: EpisodesSpec, num_frames: int, seed: int = 0
+        folder: Path,
+        key: str,
+        /,
+        *,
+        spec: EpisodesSpec,
+        num_frames: int,
+        seed: int = 0,
+        labelled: bool = True,
     ) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng([seed, num_frames])
         frames = rng.integers(0, 256, (num_frames, spec.height, spec.width, 3), np.uint8)
@@ -113,7 +121,8 @@ def write_episode() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
         with EpisodeWriter(folder, key, spec=spec) as writer:
             for frame in frames:
                 writer.append(frame)
-            writer.finish(actions, rewards=np.arange(num_frames - 1, dtype=np.float32))
+            rewards = np.arange(num_frames - 1, dtype=np.float32)
+            writer.finish(actions if labelled else None, rewards=rewards)
         return frames, actions
 
     return write
@@ -167,12 +176,19 @@ def write_shards(token_episodes, tokenizer_spec, action_spec) -> Callable[..., l
         lengths: tuple[tuple[int, ...], ...] = ((5, 1, 9), (4, 7)),
         tokenizer: TokenizerSpec = tokenizer_spec,
         actions: ActionSpec = action_spec,
+        unlabelled: tuple[int, ...] = (),
     ) -> list[TokenEpisode]:
         folder.mkdir(parents=True, exist_ok=True)
         episodes: list[TokenEpisode] = []
         records: list[ShardRecord] = []
         for index, shard in enumerate(lengths):
-            part = token_episodes(tokenizer.codes, actions, list(shard), first=len(episodes))
+            part = [
+                replace(episode, slots_TA=None) if number in unlabelled else episode
+                for number, episode in enumerate(
+                    token_episodes(tokenizer.codes, actions, list(shard), first=len(episodes)),
+                    start=len(episodes),
+                )
+            ]
             records.append(write_shard(folder, index, part, codes=tokenizer.codes, actions=actions))
             episodes += part
         codes = tokenizer.codes

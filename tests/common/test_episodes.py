@@ -21,7 +21,8 @@ from worldloom.common import (
     StorageError,
     npy_bytes,
 )
-from worldloom.common.episodes import PIECE_FRAMES, check_key, split_of
+from worldloom.common.episodes import PIECE_FRAMES, split_of
+from worldloom.common.episodes_spec import check_key
 
 
 @pytest.fixture

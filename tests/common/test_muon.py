@@ -19,7 +19,9 @@ def parameter(*shape, seed=0):
 @pytest.mark.parametrize("shape", [(8, 8), (8, 40), (40, 8), (64, 576)])
 def test_an_orthogonal_step_keeps_the_directions_and_evens_out_the_sizes(shape):
     u, s, v = torch.linalg.svd(noise(*shape), full_matrices=False)
-    found = orthogonal(u @ torch.diag(torch.logspace(0, -1, len(s))) @ v).float()
+    (found,) = orthogonal(
+        (u @ torch.diag(torch.logspace(0, -1, len(s))) @ v)[None].bfloat16()
+    ).float()
     sizes = u.mT @ found @ v.mT
     assert sizes.diagonal().min() > 0.5
     assert sizes.diagonal().max() < 1.3
@@ -59,6 +61,46 @@ def test_matrices_of_a_group_that_is_not_orthogonal_move_as_under_adamw():
     Muon([{"params": [ours], "orthogonal": False}], lr=1e-2, betas=(0.9, 0.95)).step()
     torch.optim.AdamW([theirs], lr=1e-2, betas=(0.9, 0.95), weight_decay=0).step()
     torch.testing.assert_close(ours, theirs)
+
+
+def test_matrices_of_one_shape_move_together_as_each_would_alone():
+    shapes = [(8, 12), (5, 7), (8, 12), (12, 8), (8, 3, 4)]
+    together = [parameter(*shape, seed=n) for n, shape in enumerate(shapes)]
+    alone = [parameter(*shape, seed=n) for n, shape in enumerate(shapes)]
+    optimizers = [Muon(together, lr=1e-2, weight_decay=0.1)]
+    optimizers += [Muon([each], lr=1e-2, weight_decay=0.1) for each in alone]
+    for seed in range(3):
+        for number, (one, other) in enumerate(zip(together, alone, strict=True)):
+            one.grad = noise(*one.shape, seed=10 * seed + number)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_parameter_without_gradient_stays_and_keeps_no_state():
+    moved, still = parameter(6, 4), parameter(6, 4)
+    before, still.grad = still.detach().clone(), None
+    optimizer = Muon([moved, still], lr=0.1, weight_decay=0.5)
+    optimizer.step()
+    assert torch.equal(still, before)
+    assert still not in optimizer.state
+    assert not torch.equal(moved, before)
+
+
+def test_in_float32_gradients_that_differ_in_their_last_bits_move_alike():
+    """Or several processes would train another model than one does."""
+    apart = {}
+    for precision in (torch.float32, torch.bfloat16):
+        one, other = parameter(128, 192), parameter(128, 192)
+        other.grad = other.grad * (1 + 1e-6 * noise(128, 192, seed=9))
+        for each in (one, other):
+            torch.nn.init.zeros_(each)  # so that small differences show
+            Muon([each], lr=1e-3, precision=precision).step()
+        apart[precision] = (one - other).abs().max().item()
+    assert apart[torch.float32] < 2e-8  # of steps of about 1e-3
+    assert apart[torch.bfloat16] > 1e-6
 
 
 def test_weights_decay_by_their_group_alone():

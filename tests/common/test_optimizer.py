@@ -12,6 +12,7 @@ from worldloom.common import (
     set_learning_rate,
     stream,
     warmup_cosine,
+    warmup_stable_decay,
 )
 
 
@@ -83,3 +84,33 @@ def test_the_learning_rate_rises_then_falls_to_its_floor():
     _, optimizer = tiny()
     set_learning_rate(optimizer, 0.5)
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+
+
+def test_the_stable_schedule_rises_in_a_line_stays_level_and_falls_exponentially_to_its_floor():
+    factors = [
+        warmup_stable_decay(step, warmup_steps=10, num_steps=100, decay_share=0.2)
+        for step in range(100)
+    ]
+    assert factors[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert factors[10:81] == [1.0] * 71
+    ratios = {round(after / before, 9) for before, after in pairwise(factors[80:])}
+    assert ratios == {round(0.01 ** (1 / 20), 9)}
+    assert factors[-1] == pytest.approx(0.01 ** (19 / 20))
+
+
+@pytest.mark.parametrize("decay_share", [0.0, 1.0])
+def test_the_stable_schedule_may_fall_never_or_all_the_time(decay_share):
+    factors = [
+        warmup_stable_decay(step, warmup_steps=0, num_steps=10, decay_share=decay_share)
+        for step in range(10)
+    ]
+    assert factors[0] == 1
+    assert (factors[-1] == 1) == (decay_share == 0)
+
+
+def test_lengthening_a_stable_schedule_changes_nothing_before_its_fall():
+    short, long = (
+        [warmup_stable_decay(step, warmup_steps=5, num_steps=n) for step in range(80)]
+        for n in (100, 1000)
+    )
+    assert short == long

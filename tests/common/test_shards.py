@@ -404,7 +404,9 @@ def test_the_size_of_a_shard_is_known_to_the_byte_before_it_is_written(
         replace(episode, metadata={"name": "é" * number})
         for number, episode in enumerate(token_episodes(codes, any_actions, lengths))
     ]
-    rows = [(e.key, e.num_frames, e.split, e.metadata) for e in episodes]
+    if any_actions.kind != "none":  # every fourth has no known actions
+        episodes[3::4] = [replace(episode, slots_TA=None) for episode in episodes[3::4]]
+    rows = [(e.key, e.num_frames, e.split, e.metadata, e.slots_TA is not None) for e in episodes]
     record = write_shard(tmp_path, 0, episodes, codes=codes, actions=any_actions)
     assert record.size_bytes == shard_bytes(rows, codes=codes, actions=any_actions)
 
@@ -457,7 +459,9 @@ def row(data, index=0):
 
 
 FORGERIES = [
-    (lambda d: d.update(schema="worldloom.token-shards/2"), "schema"),
+    (lambda d: d.update(schema="worldloom.token-shards/3"), "schema"),
+    (lambda d: row(d).update(labelled=False), "is not labelled, which a folder of schema"),
+    (lambda d: row(d).update(labelled=0), "labelled must be bool"),
     (lambda d: d.update(extra=1), "unknown key 'extra'"),
     (lambda d: d.pop("actions"), "key 'actions' is missing"),
     (lambda d: d.update(fps="35"), "fps must be"),

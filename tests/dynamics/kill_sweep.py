@@ -1,6 +1,6 @@
 """Kill a toy training at every step of writing, run it again, compare with an undisturbed one.
 
-python kill_sweep.py SHARDS FOLDER
+python kill_sweep.py SHARDS FOLDER [everything]     the word switches every option on
 """
 
 import os
@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import torch
-from dynamics.toys import train
+from dynamics.toys import tiny, train
+from dynamics.training_options import MODEL, TRAINING
 from worldloom.common import read_metrics
 
 # The n-th pass of a named step; a training of four updates with two checkpoints passes them all.
@@ -22,14 +23,15 @@ FAILPOINTS = (
 )  # fmt: skip
 
 
-def in_a_fork(shards: Path, run: Path, failpoint: str = "") -> int:
+def in_a_fork(shards: Path, run: Path, everything: bool, failpoint: str = "") -> int:
     """Train in a child; return its wait status."""
+    settings = {**TRAINING, "model": tiny(**MODEL)} if everything else {}
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             os.environ["WORLDLOOM_FAILPOINT"] = failpoint
-            train(shards, run, num_steps=4, checkpoint_every=2, validate_every=2)
+            train(shards, run, num_steps=4, checkpoint_every=2, validate_every=2, **settings)
             status = 0
         finally:
             os._exit(status)
@@ -51,16 +53,16 @@ def outcome(run: Path) -> dict[str, object]:
     }
 
 
-def main(shards: Path, folder: Path) -> None:
+def main(shards: Path, folder: Path, *, everything: bool) -> None:
     torch.set_num_threads(1)
-    assert in_a_fork(shards, folder / "undisturbed") == 0
+    assert in_a_fork(shards, folder / "undisturbed", everything) == 0
     expected = outcome(folder / "undisturbed")
     for failpoint in FAILPOINTS:
         run = folder / failpoint.replace(":", "-")
-        status = in_a_fork(shards, run, failpoint)
+        status = in_a_fork(shards, run, everything, failpoint)
         assert os.WIFSIGNALED(status), f"{failpoint}: never reached ({status})"
         assert os.WTERMSIG(status) == signal.SIGKILL, failpoint
-        assert in_a_fork(shards, run) == 0, f"{failpoint}: the second run failed"
+        assert in_a_fork(shards, run, everything) == 0, f"{failpoint}: the second run failed"
         found = outcome(run)
         for name in expected:
             assert found[name] == expected[name], f"{failpoint}: {name} differ"
@@ -70,4 +72,4 @@ def main(shards: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), everything=sys.argv[3:] == ["everything"])

@@ -12,6 +12,7 @@ import worldloom.dynamics
 SOURCE = ast.parse(Path(worldloom.dynamics.__file__).read_text())
 
 PUBLIC = {
+    "Cost", "measured_times_s", "training_cost",
     "DynamicsConfig", "DynamicsModel", "DynamicsSpec", "DynamicsTrainingConfig", "Mixture", "NULL",
     "Rollout", "SamplingConfig", "Snapshot", "StreamConfig", "WindowBatch", "WindowSource",
     "WindowStream", "Windows", "check_alike", "cross_entropy", "generate_codes", "open_held_out",

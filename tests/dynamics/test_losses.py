@@ -2,16 +2,19 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from dynamics.toys import KEYS, TRAINING, Mover, make_model, random_codes, random_slots
+from dynamics.toys import KEYS, STEER, TRAINING, Mover, make_model, random_codes, random_slots
 from worldloom.common import ConfigError, stream
 from worldloom.dynamics import (
     NULL,
     DynamicsTrainingConfig,
+    SamplingConfig,
     WindowBatch,
     Windows,
     cross_entropy,
+    generate_codes,
     validate,
 )
 from worldloom.dynamics.disturbance import corrupt, disturb, drop_actions
@@ -118,6 +121,37 @@ def test_copying_scores_what_repeating_the_last_frame_is_worth(mover_shards):
     same = (batch.codes_Bthw[:, 2] == batch.codes_Bthw[:, 1]).float().mean().item()
     scores = validate(make_model(mover_shards.codes), windows, seed=3, num_windows=20)
     assert scores["copy_accuracy"] == pytest.approx(same)
+
+
+@pytest.mark.parametrize("batch_windows", [3, 20])
+def test_the_first_quarter_of_the_windows_is_rolled_out_to_the_eighth_frame(
+    tmp_path, batch_windows
+):
+    """Compared with rollouts of the windows one by one; some end before their eighth frame."""
+    shards = Mover(STEER).write(tmp_path / "shards", episodes=24, num_frames=(12, 20))
+    model = make_model(shards.codes)
+    windows = Windows(shards, "validation", window_frames=16)
+    scores = validate(model, windows, seed=3, num_windows=20, batch_windows=batch_windows)
+    batch = windows.batch(0, size=20, seed=3)
+    right: dict[str, list[float]] = {"": [], "_at_4": [], "_at_8": []}
+    copied: dict[str, list[float]] = {"": [], "_at_4": [], "_at_8": []}
+    for number in range(20):
+        codes_1thw = batch.codes_Bthw[number : number + 1]
+        made_1thw = generate_codes(
+            model, codes_1thw[:, :8], batch.slots_BTA[number : number + 1], seeds=[number],
+            sampling=SamplingConfig(),
+        )  # fmt: skip
+        for which, frame in (("", 8), ("_at_4", 11), ("_at_8", 15)):
+            judged = batch.valid_Bt[number, frame] and (which == "" or number < 5)
+            if judged:
+                true_hw = codes_1thw[0, frame]
+                right[which].append((made_1thw[0, frame] == true_hw).float().mean().item())
+                copied[which].append((codes_1thw[0, 7] == true_hw).float().mean().item())
+    assert len(right[""]) == 20
+    assert 0 < len(right["_at_8"]) < len(right["_at_4"]) == 5
+    for which in right:
+        assert scores["free_running_accuracy" + which] == pytest.approx(np.mean(right[which]))
+        assert scores["copy_accuracy" + which] == pytest.approx(np.mean(copied[which]))
 
 
 def test_windows_shorter_than_their_prompt_are_not_rolled_out_of(tmp_path):

@@ -134,7 +134,7 @@ def test_the_last_windows_mask_is_kept_and_no_other():
     model = make_model()
     for frames in (3, 5, 4, 4):
         model(random_codes(model, frames), random_slots(model, frames))
-    key, (_, sight) = model._kept
+    key, (_, sight) = model.layout._kept
     assert key[0] == 4
     assert sight.mask_LL.shape == (5 + 3 * 12,) * 2
 

@@ -169,6 +169,7 @@ def test_computing_layers_again_changes_no_gradient_and_keeps_less(
         ({"attention": "flash"}, "attention is 'flash', must be one of full, factorised"),
         ({"action_input": "cross"}, "action_input is 'cross', must be one of added, prepended"),
         ({"residual_streams": 0}, "residual_streams is 0, must be at least 1"),
+        ({"attention": "factorised", "num_layers": 1}, "would never look along time"),
         ({"previous_frame": False}, "order frame with previous_frame off would feed no codes"),
     ],
 )
@@ -200,14 +201,15 @@ def test_a_distance_head_finds_the_nearest_code_likeliest():
     assert (logits_LV - logits_LV[:, :1] - wanted_LV).abs().max() < 1e-3
 
 
-def test_muon_is_for_the_matrices_between_hidden_vectors():
-    model = make_model(residual_streams=2)
-    wanted = {
-        name
-        for name, _ in model.named_parameters()
-        if name.startswith("transformer.layers.") and name.endswith("weight")
-        if "norm" not in name and "streams" not in name and "feed_forward.0" not in name
-    }
-    hidden = {id(p) for p in model.transformer.hidden_matrices()}
-    assert {name for name, p in model.named_parameters() if id(p) in hidden} == wanted
-    assert len(wanted) == 2 * 4  # a layer's qkv, out, and the two of its feed-forward
+@every_option
+def test_a_model_whose_weights_are_bfloat16_says_nearly_the_same(order, options):
+    """Cached or not: no part of it falls back to another type."""
+    model = make_model(order=order, **options)
+    codes_Bthw, slots_BTA = random_codes(model, 5), random_slots(model, 5)
+    exact_BfSV = model(codes_Bthw, slots_BTA)
+    model.to(torch.bfloat16)
+    narrow_BfSV = model(codes_Bthw, slots_BTA)
+    assert narrow_BfSV.dtype == torch.bfloat16
+    for logits_BfSV in (narrow_BfSV, cached_logits_BfSQV(model, codes_Bthw, slots_BTA)[:, :, :, 0]):
+        both = torch.stack([logits_BfSV.float().flatten(), exact_BfSV.flatten()])
+        assert torch.corrcoef(both)[0, 1] > 0.99

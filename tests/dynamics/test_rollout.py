@@ -7,37 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamics.toys import ACTIONS, code_spec, make_model, random_codes, random_slots
+from dynamics.toys import (
+    ACTIONS,
+    cached_logits_BfSQV,
+    code_spec,
+    make_model,
+    random_codes,
+    random_slots,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
-from worldloom.common import FormatError, ShapeError
+from worldloom.common import ConfigError, FormatError, ShapeError
 from worldloom.dynamics import NULL, Rollout, SamplingConfig, generate_codes
-from worldloom.dynamics.sequence import flatten_codes
 
 ORDERS = ("raster", "row", "frame")
 GREEDY = SamplingConfig(temperature=0.0)
-
-
-@torch.no_grad()
-def cached_logits_BfSQV(model, codes_Bthw, slots_BTA):
-    """The logits of frames 1 .. t-1, asked for group by group and level by level by the cache."""
-    r, cache = model.steps_per_frame, model.start_cache(batch=len(codes_Bthw))
-    codes_BtSQ, logits = flatten_codes("codes", codes_Bthw, model.spec.tokenizer.codes), []
-    for frame in range(model.grid.first_frame, codes_BtSQ.shape[1]):
-        slots_BrA = slots_BTA[:, (frame - 1) * r : frame * r] if frame else None
-        there = model.open_frame(frame, codes_BtSQ[:, max(0, frame - 1)], slots_BrA, cache)
-        # What is not decided yet must not matter, so it is nonsense until it is.
-        known_BSQ = torch.full_like(codes_BtSQ[:, 0], 31)
-        parts = []
-        for start, stop in model.grid.groups():
-            cells = slice(start, stop)
-            tokens_BsD = model.cached_tokens(there, cells, known_BSQ)
-            levels = []
-            for level in range(codes_BtSQ.shape[-1]):
-                levels.append(model.level_logits(tokens_BsD, known_BSQ[:, cells, :level]))
-                known_BSQ[:, cells, level] = codes_BtSQ[:, frame, cells, level]
-            parts.append(torch.stack(levels, dim=2))
-        logits.append(torch.cat(parts, dim=1))
-    return torch.stack(logits[1 - model.grid.first_frame :], dim=1)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -210,15 +193,18 @@ class Cost(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("order", ["row", "frame"])
-def test_frame_2000_costs_what_frame_50_costs_and_has_no_nan(order):
+@pytest.mark.parametrize(
+    ("order", "guidance_scale"), [("row", 1.0), ("frame", 1.0), ("frame", 2.0)]
+)
+def test_frame_2000_costs_what_frame_50_costs_and_has_no_nan(order, guidance_scale):
     model = make_model(code_spec(height=2, width=2), num_layers=1, dim=8, num_heads=1, order=order)
     rollout = Rollout(
         model,
         random_codes(model, 1, batch=1),
         random_slots(model, 1, batch=1),
         seeds=[0],
-        sampling=SamplingConfig(),
+        # jacobi's cost depends on what it guesses, frame by frame.
+        sampling=SamplingConfig(guidance_scale=guidance_scale, decoder="raster"),
     )
     slots_BTA = random_slots(model, 2, batch=1)
     costs, sizes = {}, set()
@@ -229,7 +215,8 @@ def test_frame_2000_costs_what_frame_50_costs_and_has_no_nan(order):
             costs[rollout.frame] = (cost.operations, cost.elements)
         else:
             codes_Bhw = rollout.step(slots_BTA)
-        sizes.add(rollout.size_bytes)
+        if rollout.frame >= model.config.context_frames:
+            sizes.add(rollout.size_bytes)
     assert costs[51] == costs[2001]
     assert len(sizes) == 1
     assert rollout._cache.keys.isfinite().all()
@@ -297,3 +284,139 @@ def test_actions_that_do_not_fill_whole_latent_frames_are_refused(steps):
     slots_BTA = torch.zeros(2, steps, 1, dtype=torch.int64)
     with pytest.raises(ShapeError, match=f"{steps} steps, must be 2 for the prompt and then 2"):
         generate_codes(model, random_codes(model, 2), slots_BTA, seeds=[0, 1], sampling=GREEDY)
+
+
+def test_how_codes_are_drawn_may_change_between_any_two_frames():
+    """A frame depends on its own settings, not on those before; guidance, on since when it is."""
+    model = make_model(order="row")
+    slots_BTA = random_slots(model, 12)
+    ways = [
+        SamplingConfig(temperature=0.0, decoder="raster"),
+        SamplingConfig(temperature=1.0, top_p=0.7, guidance_scale=3.0),
+        SamplingConfig(temperature=1.5, min_p=0.0, top_k=3, decoder="auto"),
+        SamplingConfig(temperature=0.7, guidance_scale=0.5, parallel_keep_frac=0.3),
+        SamplingConfig(temperature=1.2, min_p=0.3, decoder="jacobi"),
+    ]
+    rollout = Rollout(
+        model, random_codes(model, 1), slots_BTA[:, :0], seeds=[0, 1], sampling=ways[0]
+    )
+    codes_Bthw = random_codes(model, 1)
+    seen = set()
+    for step in range(11):
+        rollout.sampling = ways[step % len(ways)]
+        now_BrA = slots_BTA[:, step : step + 1]
+        before = rollout.snapshot()
+        made_Bhw = rollout.step(now_BrA)
+        # The same frame by a rollout that knew no other settings.
+        other = Rollout(
+            model, codes_Bthw, slots_BTA[:, :step], seeds=[0, 1], sampling=rollout.sampling
+        )
+        assert torch.equal(other.step(now_BrA), made_Bhw)
+        rollout.restore(before)
+        rollout.sampling = ways[(step + 1) % len(ways)]
+        seen.add(torch.equal(rollout.step(now_BrA), made_Bhw))
+        rollout.sampling = ways[step % len(ways)]
+        rollout.restore(before)
+        assert torch.equal(rollout.step(now_BrA), made_Bhw)
+        codes_Bthw = torch.cat([codes_Bthw, made_Bhw[:, None]], dim=1)
+    assert False in seen
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_a_fork_has_as_many_futures_of_every_world_as_asked_each_with_its_seed(
+    order, guidance_scale
+):
+    model = make_model(code_spec(num_levels=2), order=order)
+    slots_BTA = random_slots(model, 10, batch=2)
+    sampling = SamplingConfig(temperature=1.0, min_p=0.0, guidance_scale=guidance_scale)
+    rollout = Rollout(
+        model, random_codes(model, 2), slots_BTA[:, :1], seeds=[3, 4], sampling=sampling
+    )
+    for step in range(1, 5):
+        rollout.step(slots_BTA[:, step : step + 1])
+    start = rollout.snapshot()
+    forked = rollout.fork(3, seeds=[3, 30, 31, 40, 4, 41])
+    assert forked.batch == 6
+    many = torch.stack(
+        [forked.step(slots_BTA[:, s : s + 1].repeat_interleave(3, 0)) for s in range(5, 9)], dim=1
+    )
+    assert rollout.frame == 6  # the fork's steps are its own
+    alone = torch.stack([rollout.step(slots_BTA[:, s : s + 1]) for s in range(5, 9)], dim=1)
+    assert torch.equal(many[[0, 4]], alone)
+    assert len(torch.unique(many.flatten(1), dim=0)) == 6
+    rollout.restore(start)
+    assert torch.equal(rollout.step(slots_BTA[:, 5:6]), alone[:, 0])
+
+
+def test_a_fork_without_copies_or_with_too_few_seeds_is_refused():
+    model = make_model()
+    rollout = Rollout(
+        model, random_codes(model, 1), random_slots(model, 1), seeds=[0, 1], sampling=GREEDY
+    )
+    with pytest.raises(ShapeError, match="0 copies"):
+        rollout.fork(0, seeds=[])
+    with pytest.raises(ShapeError, match="seeds: 2 for 6 worlds"):
+        rollout.fork(3, seeds=[0, 1])
+
+
+def test_a_snapshot_of_other_worlds_is_refused_and_nothing_happens():
+    model = make_model()
+    slots_BTA = random_slots(model, 3)
+
+    def rollout(model, batch):
+        prompt_Bthw = random_codes(model, 1, batch=batch)
+        slots = random_slots(model, 1, batch=batch)
+        return Rollout(model, prompt_Bthw, slots, seeds=range(batch), sampling=GREEDY)
+
+    own, undisturbed = rollout(model, 2), rollout(model, 2)
+    with pytest.raises(ShapeError, match="a snapshot of 3 worlds"):
+        own.restore(rollout(model, 3).snapshot())
+    with pytest.raises(ShapeError, match="of this model"):
+        own.restore(rollout(make_model(context_frames=5), 2).snapshot())
+    assert torch.equal(own.step(slots_BTA[:, :1]), undisturbed.step(slots_BTA[:, :1]))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("decoder", ["raster", "jacobi"])
+def test_the_action_head_is_asked_about_the_last_frame_as_training_asks_it(
+    order, guidance_scale, decoder
+):
+    model = make_model(order=order, action_head=True)
+    prompt_Bthw, slots_BTA = random_codes(model, 1), random_slots(model, 9)
+    sampling = SamplingConfig(guidance_scale=guidance_scale, decoder=decoder)
+    rollout = Rollout(model, prompt_Bthw, slots_BTA[:, :0], seeds=[5, 6], sampling=sampling)
+    codes_Bthw, chosen = prompt_Bthw, []
+    for step in range(8):
+        chosen.append(rollout.act(temperature=0.0))
+        assert torch.equal(rollout.act(temperature=0.0), chosen[-1])
+        made_Bhw = rollout.step(slots_BTA[:, step : step + 1])
+        codes_Bthw = torch.cat([codes_Bthw, made_Bhw[:, None]], dim=1)
+    tokens_BfSD = model.tokens(codes_Bthw, slots_BTA)
+    logits_BfLX = model.action_head(
+        tokens_BfSD, codes_Bthw.flatten(2)[..., None], slots_BTA[:, :, None]
+    )
+    likeliest_Bf = logits_BfLX[:, :, 0].argmax(-1)
+    assert torch.equal(torch.cat(chosen, dim=1)[..., 0], likeliest_Bf)
+    assert len(likeliest_Bf.unique()) > 1
+    drawn_BrA = model.action_head.sample(
+        tokens_BfSD[:, -1], codes_Bthw[:, -1].flatten(1)[..., None],
+        seeds_B=torch.tensor([5, 6]), frame=8, temperature=5.0,
+    )  # fmt: skip
+    assert torch.equal(rollout.act(temperature=5.0), drawn_BrA)
+
+
+def test_a_model_without_an_action_head_says_so():
+    model = make_model()
+    rollout = Rollout(
+        model, random_codes(model, 1), random_slots(model, 1), seeds=[0, 1], sampling=GREEDY
+    )
+    with pytest.raises(ConfigError, match="no action head"):
+        rollout.act()
+    acting = make_model(action_head=True)
+    rollout = Rollout(
+        acting, random_codes(acting, 1), random_slots(acting, 1), seeds=[0, 1], sampling=GREEDY
+    )
+    with pytest.raises(ConfigError, match="temperature is -1"):
+        rollout.act(temperature=-1.0)

@@ -30,8 +30,10 @@ def reference(logits_V: np.ndarray, sampling: SamplingConfig) -> list[bool]:
     probs /= probs.sum()
     keep = []
     for code in range(len(probs)):
-        above = probs[probs > probs[code]].sum()
-        keep.append(bool(probs[code] >= sampling.min_p * probs.max() and above < sampling.top_p))
+        above = probs[probs > probs[code]]
+        among = not sampling.top_k or len(above) < sampling.top_k
+        likely = probs[code] >= sampling.min_p * probs.max()
+        keep.append(bool(likely and above.sum() < sampling.top_p and among))
     return keep
 
 
@@ -40,16 +42,24 @@ def reference(logits_V: np.ndarray, sampling: SamplingConfig) -> list[bool]:
     temperature=st.sampled_from([0.3, 1.0, 2.0]),
     min_p=st.sampled_from([0.0, 0.02, 0.1, 0.5]),
     top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+    top_k=st.integers(0, 10),
 )
-def test_min_p_and_top_p_keep_what_their_definitions_say(order, temperature, min_p, top_p):
-    sampling = SamplingConfig(temperature=temperature, min_p=min_p, top_p=top_p)
+def test_what_is_kept_is_what_the_definitions_say(order, temperature, min_p, top_p, top_k):
+    sampling = SamplingConfig(temperature=temperature, min_p=min_p, top_p=top_p, top_k=top_k)
     logits_V = np.array(order) * 0.73  # far enough apart that rounding decides nothing
     assert kept_codes(torch.tensor(logits_V), sampling) == reference(logits_V, sampling)
 
 
 def test_the_likeliest_code_is_never_dropped():
-    for sampling in (SamplingConfig(min_p=1.0), SamplingConfig(min_p=0.0, top_p=1e-9)):
+    for setting in ({"min_p": 1.0}, {"min_p": 0.0, "top_p": 1e-9}, {"min_p": 0.0, "top_k": 1}):
+        sampling = SamplingConfig(**setting)
         assert kept_codes(torch.tensor([0.0, 3.0, 1.0]), sampling) == [False, True, False]
+
+
+def test_codes_that_tie_with_the_last_of_top_k_stay():
+    logits_V = torch.tensor([1.0, 2.0, 1.0, 0.0])
+    sampling = SamplingConfig(min_p=0.0, top_k=2)
+    assert kept_codes(logits_V, sampling) == [True, True, True, False]
 
 
 def test_temperature_0_takes_the_likeliest_code_whatever_the_noise():
@@ -176,6 +186,11 @@ def test_bfloat16_logits_are_drawn_from_in_float32():
         {"temperature": -0.1}, {"temperature": float("inf")}, {"temperature": float("nan")},
         {"min_p": -0.1}, {"min_p": 1.1}, {"min_p": float("nan")},
         {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": float("nan")},
+        {"top_k": -1}, {"top_k": 2.5}, {"top_k": float("nan")},
+        {"guidance_scale": -0.5}, {"guidance_scale": float("inf")},
+        {"guidance_scale": float("nan")},
+        {"parallel_keep_frac": -0.1}, {"parallel_keep_frac": 1.1},
+        {"parallel_keep_frac": float("nan")}, {"decoder": "fast"},
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused_by_name(setting):

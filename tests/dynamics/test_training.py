@@ -344,38 +344,3 @@ def wait_for(reached, process: subprocess.Popen[bytes], timeout_s: float = 60) -
         assert process.poll() is None, f"ended by itself with {process.returncode}"
         assert time.monotonic() < deadline, "took too long"
         time.sleep(0.05)
-
-
-@pytest.mark.slow
-def test_two_processes_train_what_one_trains_and_only_one_of_them_writes(tmp_path):
-    """Walks of 3 to 6 frames in windows of 5: padding is not dealt out evenly."""
-    walks = tmp_path / "shards"
-    Mover(STEER).write(walks, episodes=8, num_frames=(3, 6))
-    runs = {1: tmp_path / "one", 2: tmp_path / "two"}
-    train(walks, runs[1], num_steps=20)
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-            HERE / "toys.py", walks, runs[2], "20",
-        ],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (numbers(runs[n]) for n in (1, 2))
-    assert "2 process(es) on cpu" in (runs[2] / "log.txt").read_text()
-    assert len(one) == len(two) == 20 + 7
-    for first, second in zip(one, two, strict=True):
-        assert first.keys() == second.keys()
-        for name in ("loss", "gradient_norm", "validation_loss"):
-            if name in first:
-                assert second[name] == pytest.approx(first[name], rel=1e-5), first["step"]
-    weights = [newest_checkpoint(runs[n])[0].tensors["model"] for n in (1, 2)]
-    for name, tensor in weights[0].items():
-        assert (tensor - weights[1][name]).abs().max() < 1e-4, name
-    # One goes on with what two began, and says that sums are rounded otherwise.
-    shutil.rmtree(runs[2] / "model")
-    train(walks, runs[2], num_steps=20)
-    assert "1 process(es) go on with what 2 began" in (runs[2] / "log.txt").read_text()

@@ -10,6 +10,7 @@ import torch
 from dynamics.toys import STEER, code_spec, write_shards
 from worldloom.common import ActionSpec, FormatError, TokenShards
 from worldloom.dynamics import NULL, StreamConfig, Windows, WindowStream
+from worldloom.dynamics.loading import TrainingData
 from worldloom.dynamics.windows import widened
 
 LENGTHS = (9, 1, 3, 12, 2, 8, 5, 7)
@@ -214,3 +215,22 @@ def test_memory_is_flat_from_1_to_100_shards(tmp_path, kind):
     grown = {folder.name: growth(folder) for folder in (small, large)}
     assert grown["large"] < 4 << 20, grown
     assert sum(path.stat().st_size for path in large.glob("*.tar")) > 40 << 20
+
+
+@pytest.mark.parametrize("key", ["e0", "e7"])
+@pytest.mark.parametrize("part", ["codes", "actions"])
+def test_a_code_or_an_action_that_cannot_be_is_found_before_anything_is_learned(
+    tmp_path, part, key
+):
+    """e0 is to be learned from, e7 is held out."""
+    walks = [(np.zeros((6, 3, 4), np.uint8), np.zeros((5, 1), np.uint8)) for _ in range(8)]
+    folder = write_shards(tmp_path / "shards", walks, code_spec(vocab_size=9), STEER).folder
+    TrainingData.open([TokenShards(folder)], window_frames=4)
+    path = folder / f"shard-00000{int(key == 'e7')}.tar"
+    content = bytearray(path.read_bytes())
+    row = next(row for row in TokenShards(folder).episodes if row.key == key)
+    offset, size = row.span(part)
+    content[offset + size - 1] = 9  # as if written by another tokenizer, for another game
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=rf"{path.name}: {key}\.{part}\.npy: "):
+        TrainingData.open([TokenShards(folder)], window_frames=4)

@@ -27,6 +27,7 @@ from worldloom.dynamics import (
     StreamConfig,
     train_dynamics_model,
 )
+from worldloom.dynamics.sequence import flatten_codes
 
 STEER = ActionSpec.discrete(["stay", "up", "down", "left", "right"])
 KEYS = ActionSpec.keys(["down", "right"])
@@ -131,23 +132,69 @@ def random_slots(model: DynamicsModel, frames: int, *, batch: int = 2, seed: int
     return torch.from_numpy(rng.integers(0, sizes, (batch, steps, len(sizes))))
 
 
+OPTIONS: dict[str, dict[str, object]] = {
+    "dot head": {"head": "dot"},
+    "distance head": {"head": "distance"},
+    "time alone": {"positions": "time"},
+    "no cell embedding": {"cell_embedding": False},
+    "actions prepended": {"action_input": "prepended"},
+    "factorised": {"attention": "factorised"},
+    "factorised, prepended": {"attention": "factorised", "action_input": "prepended"},
+    "two streams": {"residual_streams": 2},
+    "four streams, factorised": {"residual_streams": 4, "attention": "factorised"},
+    "no value residual": {"value_residual": False},
+    "no meta tokens": {"num_meta_tokens": 0},
+    "no meta tokens, factorised": {"num_meta_tokens": 0, "attention": "factorised"},
+    "action head": {"action_head": True},
+}
+"""The model's options, each apart from its default."""
+
+
+@torch.no_grad()
+def cached_logits_BfSQV(model: DynamicsModel, codes_Bthw: torch.Tensor, slots_BTA: torch.Tensor):
+    """The logits of frames 1 .. t-1, asked for group by group and level by level by the cache."""
+    r, cache = model.steps_per_frame, model.start_cache(batch=len(codes_Bthw))
+    codes_BtSQ, logits = flatten_codes("codes", codes_Bthw, model.spec.tokenizer.codes), []
+    for frame in range(model.grid.first_frame, codes_BtSQ.shape[1]):
+        slots_BrA = slots_BTA[:, (frame - 1) * r : frame * r] if frame else None
+        there = model.open_frame(frame, codes_BtSQ[:, max(0, frame - 1)], slots_BrA, cache)
+        # What is not decided yet must not matter, so it is nonsense until it is.
+        known_BSQ = torch.full_like(codes_BtSQ[:, 0], 31)
+        parts = []
+        for start, stop in model.grid.groups():
+            cells = slice(start, stop)
+            tokens_BsD = model.cached_tokens(there, cells, known_BSQ)
+            levels = []
+            for level in range(codes_BtSQ.shape[-1]):
+                levels.append(model.level_logits(tokens_BsD, known_BSQ[:, cells, :level]))
+                known_BSQ[:, cells, level] = codes_BtSQ[:, frame, cells, level]
+            parts.append(torch.stack(levels, dim=2))
+        logits.append(torch.cat(parts, dim=1))
+    return torch.stack(logits[1 - model.grid.first_frame :], dim=1)
+
+
 def write_shards(
     folder: Path,
-    episodes: Sequence[tuple[np.ndarray, np.ndarray]],
+    episodes: Sequence[tuple[np.ndarray, np.ndarray | None]],
     codes: CodeSpec,
     actions: ActionSpec,
     *,
     held_out: int = 1,
     per_shard: int = 4,
 ) -> TokenShards:
-    """Write episodes (codes_thw, slots_TA) named e0, e1, ...; the last are for validation."""
+    """Write episodes (codes_thw, slots_TA) named e0, e1, ...; the last are for validation.
+
+    Slots are None where nobody knows the actions.
+    """
     folder.mkdir(parents=True)
     rows = [
         TokenEpisode(
             key=f"e{number}",
             codes_thw=codes_thw,
             slots_TA=slots_TA,
-            num_frames=len(slots_TA) + 1,
+            num_frames=(
+                codes.pixel_frames(len(codes_thw)) if slots_TA is None else len(slots_TA) + 1
+            ),
             split="validation" if number >= len(episodes) - held_out else "train",
         )
         for number, (codes_thw, slots_TA) in enumerate(episodes)

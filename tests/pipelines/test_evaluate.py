@@ -211,9 +211,26 @@ def test_scores_are_their_closed_forms():
     assert numbers["reconstruction_psnr_db"] == LIMIT_DB
     curve = [decibels(d) for d in (10, 10, 20, 20)]
     assert numbers["per_frame"]["model_db"] == pytest.approx(curve, abs=1e-4)
-    assert numbers["drift_db_per_frame"] == pytest.approx(
-        np.polyfit(range(4), curve, 1)[0], abs=1e-4
-    )
+    # The line of least squares, by hand: x is -1.5, -.5, .5, 1.5 around its mean.
+    slope = (-1.5 * curve[0] - 0.5 * curve[1] + 0.5 * curve[2] + 1.5 * curve[3]) / 5
+    assert numbers["drift_db_per_frame"] == pytest.approx(slope, abs=1e-4)
+    assert slope < 0  # frames that get worse lose decibels
+
+
+def test_drift_is_the_decibels_that_every_further_frame_costs():
+    """Errors that double every frame lose 6.02 dB a frame; those that stay lose none."""
+    true = grey(0)
+    for differences, slope in (((5, 10, 20, 40), -20 * math.log10(2)), ((7, 7, 7, 7), 0.0)):
+        model = true.clone()
+        for frame, difference in enumerate(differences):
+            model[:, frame] = difference
+        rollouts = measures.Rollouts(
+            true_NTHWC=true, model_NTHWC=model, random_NTHWC=true, copy_NTHWC=true,
+            decoded_NTHWC=true, prompt_NTHWC=true, slots_NTA=torch.zeros(2, 6, 1),
+        )  # fmt: skip
+        assert measures.score(rollouts, plan())["drift_db_per_frame"] == pytest.approx(
+            slope, abs=1e-3
+        )
 
 
 def test_there_is_a_picture_of_everything_that_is_named(evaluated):

@@ -193,7 +193,7 @@ def test_episodes_of_other_actions_are_refused(run, write_episode, episodes_spec
         ({"actions": "RIGHT", "episode": "nobody"}, ConfigError, "no --episode 'nobody'"),
         ({"actions": "RIGHT", "episode": "7"}, ConfigError, "among the held-out ones, 0 to 0"),
         ({"actions": "RIGHT", "start_frame": 27}, ConfigError, "the prompt takes 4 from frame 27"),
-        ({"actions": "true", "start_frame": 25}, FormatError, "nothing was pressed"),
+        ({"actions": "true", "start_frame": 25}, FormatError, "no action is known"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_a_sentence_and_nothing_is_written(

@@ -193,10 +193,11 @@ def test_shards_tell_their_sizes_and_what_a_token_takes(shards):
 def test_the_json_of_shards_has_these_keys_on_which_a_program_may_rely(shards):
     about = json.loads(info(InfoConfig(path=shards, json=True)))
     assert sorted(about) == sorted([
-        "kind", "path", "size_bytes", "num_shards", "num_episodes", "num_frames", "latent_frames",
-        "num_codes", "num_action_slots", "num_tokens", "all_shards_bytes", "bytes_per_token",
-        "overhead_fraction", "fps", "frame_skip", "episode_frames", "splits", "fingerprint",
-        "tokenizer", "code_usage", "actions", "metrics", "skipped", "source", "verified",
+        "kind", "path", "size_bytes", "num_shards", "num_episodes", "labelled_episodes",
+        "num_frames", "latent_frames", "num_codes", "num_action_slots", "num_tokens",
+        "all_shards_bytes", "bytes_per_token", "overhead_fraction", "fps", "frame_skip",
+        "episode_frames", "splits", "fingerprint", "tokenizer", "code_usage", "actions", "metrics",
+        "skipped", "source", "verified",
     ])  # fmt: skip
     assert sorted(about["code_usage"]) == sorted([
         "vocab_size", "codes_used", "codes_used_fraction", "perplexity", "code_change_rate",

@@ -19,8 +19,7 @@ from video_worlds import (
     write_actions,
     write_video,
 )
-from worldloom.common import ConfigError, Episodes, FormatError
-from worldloom.common.episodes import check_key
+from worldloom.common import ConfigError, Episodes, FormatError, check_key
 from worldloom.pipelines.ingest import IngestConfig
 from worldloom.pipelines.ingest_config import ActionFileConfig
 from worldloom.pipelines.ingest_worker import IngestReport

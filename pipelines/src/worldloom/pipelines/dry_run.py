@@ -94,12 +94,14 @@ def estimate(  # noqa: PLR0913 - the two trainings differ in just these
     )
     say(
         f"{dry.parameters / 1e6:.1f}M parameters; {updates:,} updates of {samples} {sample}s, "
-        f"{items:,} {item}s each; a checkpoint is {_size(dry.checkpoint_bytes)}, and two are kept"
+        f"{items:,} {item}s each; a checkpoint is {size_text(dry.checkpoint_bytes)}, and two are "
+        "kept"
     )
     say(
-        f"memory: about {_size(dry.memory_bytes)} while training, {_size(dry.state_bytes)} of it "
-        f"weights, gradients and the optimizer's moments, {_size(dry.activation_bytes)} what a "
-        f"forward keeps for the backward pass (counted on {probe}, times {at_once / probe:g}). "
+        f"memory: about {size_text(dry.memory_bytes)} while training, "
+        f"{size_text(dry.state_bytes)} of it weights, gradients and the optimizer's moments, "
+        f"{size_text(dry.activation_bytes)} what a forward keeps for the backward pass (counted on "
+        f"{probe}, times {at_once / probe:g}). "
         "Python, the libraries and what they compute with come on top"
     )
     say("nothing was trained and nothing was written: this was a dry run")
@@ -123,7 +125,7 @@ def _kept_bytes(networks: Sequence[nn.Module], forward: Callable[[], Tensor]) ->
     return total
 
 
-def _size(size_bytes: int) -> str:
+def size_text(size_bytes: int) -> str:
     """Return a size as people say it."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if size_bytes >= scale:

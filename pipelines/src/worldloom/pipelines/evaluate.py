@@ -204,8 +204,9 @@ def _evaluate_model(config: EvaluateConfig, model: Path) -> None:
     keys = _held_out(episodes, config.max_episodes)
     say(f"evaluating on {len(keys)} held-out episodes")
     held_out = measures.read_held_out(episodes, keys, world.tokenizer)
+    known = measures.with_actions(held_out, world, where=str(config.episodes))
     starts = measures.find_starts(
-        held_out,
+        known,
         frames=config.prompt_frames + config.horizon,
         count=config.num_rollouts,
         world=world,
@@ -217,8 +218,8 @@ def _evaluate_model(config: EvaluateConfig, model: Path) -> None:
             narrower_than=of_tokenizer.narrower_than(world.tokenizer.spec, config.small_pixels),
         )
         | of_tokenizer.codebook_use(config.shards, episodes, world.tokenizer).numbers(),
-        "dynamics": measures.given_the_past(world, held_out, config.batch)
-        | measures.first_frames(world, held_out, plan, count=config.num_first_frames),
+        "dynamics": measures.given_the_past(world, known, config.batch)
+        | measures.first_frames(world, known, plan, count=config.num_first_frames),
     }
     rollouts = measures.roll_out(world, starts, plan)
     numbers["rollout"] = measures.score(rollouts, plan)
@@ -232,6 +233,7 @@ def _evaluate_model(config: EvaluateConfig, model: Path) -> None:
         }
         settings = {
             "num_episodes": len(keys),
+            "num_labelled_episodes": len(known),
             "seed": config.seed,
             "sampling": asdict(config.sampling),
             "tokenizer_fingerprint": world.tokenizer.spec.fingerprint,

@@ -145,8 +145,9 @@ def _actions(config: GenerateConfig, spec: ActionSpec, start: "Start") -> SlotAr
         slots_TA = start.true_slots_TA[: config.horizon]
         if len(slots_TA) == 0:
             raise FormatError(
-                f"{config.start}: nothing was pressed after {start.source} and its prompt, so "
-                "`--actions true` has none to take; start earlier, or write some"
+                f"{config.start}: no action is known after {start.source} and its prompt, so "
+                "`--actions true` has none to take; start earlier or in another --episode, or "
+                "write some"
             )
         return slots_TA
     if config.actions in ("random", "sticky"):

@@ -21,6 +21,7 @@ from worldloom.common import (
     ActionArray,
     ActionSpec,
     ConfigError,
+    Episode,
     Episodes,
     FormatError,
     build,
@@ -38,6 +39,7 @@ from .info_text import render
 
 _PREVIEW_EPISODES = 4
 _PREVIEW_FRAMES = 10
+_UNKNOWN = "no action known"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -374,7 +376,7 @@ def _write_preview(episodes: Episodes, path: Path) -> None:
         with episodes.open(key) as episode:
             start = max(0, (episode.num_frames - _PREVIEW_FRAMES) // 2)
             stop = min(episode.num_frames, start + _PREVIEW_FRAMES)
-            words = action_words(episodes.spec.actions, episode.actions)[start:stop]
+            words = words_between(episode)[start:stop]
             # ">": the action stands between this frame and the one to its right.
             labels = [f"{start + i}: {word} >" for i, word in enumerate(words)]
             labels += [f"{stop - 1}: end"] * (stop - start - len(words))
@@ -383,6 +385,14 @@ def _write_preview(episodes: Episodes, path: Path) -> None:
     sheet = draw_sheet(strips, scale=scale, columns=_PREVIEW_FRAMES)
     write_bytes(path, encode_png(sheet))
     say(f"{path}: over each frame stands its number and the action that leads on to the next frame")
+
+
+def words_between(episode: Episode, /) -> list[str]:
+    """Return a few words on every step of an episode: its action, or that nobody knows it."""
+    raw = episode.actions
+    if raw is None:
+        return [_UNKNOWN] * (episode.num_frames - 1)
+    return action_words(episode.spec.actions, raw)
 
 
 def action_words(spec: ActionSpec, raw: ActionArray, /) -> list[str]:

@@ -34,10 +34,13 @@ def describe_episodes(folder: Path, verify: bool, /) -> dict[str, Any]:
     episodes = Episodes(folder)
     spec = episodes.spec
     lengths, returns, slots = [], [], []
+    labelled = 0
     for key in episodes.keys:
         with episodes.open(key) as episode:
             lengths.append(episode.num_frames)
-            slots.append(spec.actions.encode(episode.actions))
+            if (slots_TA := episode.slots_TA) is not None:
+                labelled += spec.actions.kind != "none"
+                slots.append(slots_TA)
             if (rewards := episode.rewards) is not None:
                 returns.append(float(rewards.sum()))
             if verify:
@@ -46,6 +49,7 @@ def describe_episodes(folder: Path, verify: bool, /) -> dict[str, Any]:
     by_key = dict(zip(episodes.keys, lengths, strict=True))
     return {
         "num_episodes": len(lengths),
+        "labelled_episodes": labelled,
         "num_frames": sum(lengths),
         "seconds": sum(lengths) / spec.fps,
         "height": spec.height,
@@ -71,13 +75,15 @@ def describe_shards(folder: Path, verify: bool, /) -> dict[str, Any]:
     codes, rows = shards.codes, shards.episodes
     latent_frames = sum(row.latent_frames for row in rows)
     num_codes = latent_frames * codes.cells * codes.num_levels
-    num_slots = sum(row.num_frames - 1 for row in rows) * shards.actions.num_slots
+    num_slots = sum(row.num_steps for row in rows) * shards.actions.num_slots
+    labelled = sum(row.labelled for row in rows) if shards.actions.kind != "none" else 0
     shard_bytes = sum(file["size_bytes"] for file in shards.manifest["shards"])
     payload_bytes = num_codes * np.dtype(codes.dtype).itemsize
     payload_bytes += num_slots * np.dtype(shards.actions.slot_dtype).itemsize
     return {
         "num_shards": len(shards.manifest["shards"]),
         "num_episodes": len(rows),
+        "labelled_episodes": labelled,
         "num_frames": sum(row.num_frames for row in rows),
         "latent_frames": latent_frames,
         "num_codes": num_codes,
@@ -120,7 +126,7 @@ def _shard_actions(shards: TokenShards, num_slots: int) -> dict[str, Any]:
     stride = _stride((num_slots, _COUNTED_SLOTS), (num_episodes, _COUNTED_READS))
     counted = range(0, num_episodes, stride)
     about = _actions(shards.actions, map(shards.slots_TA, counted))
-    steps = sum(row.num_frames - 1 for row in shards.episodes)
+    steps = sum(row.num_steps for row in shards.episodes)
     return {**about, "counted_fraction": about["steps"] / steps if steps else 1.0}
 
 

@@ -111,6 +111,11 @@ def episodes_spec(config: IngestConfig, source: Source, /) -> EpisodesSpec:
         fps=source.fps / config.frame_skip,
         frame_skip=config.frame_skip,
         source={**about, "resize": config.resize, "max_frames": config.max_frames},
+        half_labelled=(
+            config.kind in ("videos", "npz")
+            and config.actions.missing == "unlabelled"
+            and source.actions.kind != "none"
+        ),
     )
 
 
@@ -222,11 +227,13 @@ def _say_what_was_written(
 ) -> None:
     episodes = sum(report.num_episodes for report in reports)
     frames = sum(report.num_frames for report in reports)
+    unlabelled = sum(not report.labelled for report in reports)
     megabytes = sum(report.size_bytes for report in reports) / 1e6
     before = total - len(reports) - len(skipped)
     say(
         f"{config.output}: wrote {episodes} episodes, {frames} frames, {megabytes:.1f} MB of "
         f"{len(reports)} recordings in {seconds:.1f} s"
+        + (f"; {unlabelled} of them without known actions" if unlabelled else "")
         + (f"; {before} were there before" if before else "")
         + (f"; {len(skipped)} skipped, see skipped.json" if skipped else "")
     )

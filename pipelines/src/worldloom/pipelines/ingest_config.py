@@ -16,6 +16,7 @@ SourceKind = Literal["videos", "vpt", "lerobot", "minari", "npz"]
 FileActions = Literal["discrete", "keys", "multi_discrete", "continuous"]
 ActionRows = Literal["next", "previous"]
 SideFormat = Literal["any", "jsonl", "csv", "npz", "none"]
+MissingActions = Literal["refuse", "unlabelled"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,10 @@ class ActionFileConfig:
     alignment: ActionRows = "next"
     """Row i of a file is chosen on seeing frame i and leads to the next one (next), or it is the
     one that led to frame i (previous)."""
+    missing: MissingActions = "refuse"
+    """What becomes of a recording without actions beside others that have some: a bad recording
+    (refuse), or an episode whose actions nobody knows (unlabelled), of which a model learns how the
+    world looks but not what an action does."""
     format: SideFormat = "any"
     """videos: which file of actions lies beside each video, as NAME.csv beside NAME.mp4; any takes
     the one there is, none takes the videos alone."""

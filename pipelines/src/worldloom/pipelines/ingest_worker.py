@@ -33,8 +33,8 @@ from .sources import OpenRecording, Recording, Source
 _BATCH_BYTES = 1 << 25
 _BATCH_FRAMES = 64
 
-_Steps = tuple[ActionArray, npt.NDArray[np.float32] | None]
-"""Actions and rewards between the frames."""
+_Steps = tuple[ActionArray | None, npt.NDArray[np.float32] | None]
+"""Actions and rewards between the frames, where they are known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +58,8 @@ class IngestReport:
     num_episodes: int
     num_frames: int
     size_bytes: int
+    labelled: bool
+    """Whether its actions are known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +125,7 @@ class Reader:
             num_episodes=len(names),
             num_frames=stream.num_kept,
             size_bytes=sum((job.folder / name).stat().st_size for name in names),
+            labelled=actions is not None,
         )
 
     def _cut(self, whole: Path, key: str) -> list[str]:
@@ -155,7 +158,7 @@ class Reader:
                 for frame_HWC in episode.frames(first, min(first + _BATCH_FRAMES, stop)):
                     writer.append(frame_HWC)
             writer.finish(
-                actions[start : stop - 1],
+                None if actions is None else actions[start : stop - 1],
                 rewards=None if rewards is None else rewards[start : stop - 1],
                 metadata={**episode.metadata, "part": part},
             )
@@ -193,7 +196,7 @@ class _Stream:
         raw = self._opened.actions(self._num_read)
         rewards = self._opened.rewards(self._num_read)
         steps = (self.num_kept - 1) * skip
-        actions = self._job.source.combine(raw[:steps], skip)
+        actions = None if raw is None else self._job.source.combine(raw[:steps], skip)
         if rewards is not None:
             rewards = np.asarray(rewards, np.float32)[:steps].reshape(-1, skip)
             rewards = rewards.sum(1, dtype=np.float32)

@@ -26,6 +26,7 @@ from worldloom.common import (
     derive_seed,
     numpy_stream,
     progress,
+    say,
 )
 from worldloom.dynamics import generate_codes
 from worldloom.tokenizer import VideoTokenizer
@@ -58,7 +59,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """One held-out episode, in every form."""
+    """One held-out episode, in every form; those without known actions can only be decoded."""
 
     key: str
     frames_THWC: Tensor
@@ -67,6 +68,9 @@ class HeldOut:
     """uint8, encoded and decoded."""
     codes_thw: Tensor
     slots_TA: SlotArray
+    """No rows where nobody knows the actions."""
+    labelled: bool = True
+    """Whether somebody does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +119,48 @@ def read_held_out(
     videos = [[frames_THWC] for _, frames_THWC, _ in read]
     codes = encode_videos(videos, lengths, tokenizer, batch=_SIDE_BY_SIDE)
     decoded = decode_videos(codes, lengths, tokenizer, batch=_SIDE_BY_SIDE)
+    none_TA = np.zeros((0, episodes.spec.actions.num_slots), np.int64)
     return [
-        HeldOut(key, frames_THWC, decoded_THWC, codes_thw, slots_TA)
+        HeldOut(
+            key,
+            frames_THWC,
+            decoded_THWC,
+            codes_thw,
+            none_TA if slots_TA is None else slots_TA,
+            labelled=slots_TA is not None,
+        )
         for (key, frames_THWC, slots_TA), codes_thw, decoded_THWC in zip(
             read, codes, decoded, strict=True
         )
     ]
+
+
+def with_actions(held_out: Sequence[HeldOut], world: World, /, *, where: str) -> Sequence[HeldOut]:
+    """Return the episodes whose actions are known: a model of actions is judged by no others.
+
+    Args:
+        held_out: of one folder.
+        world: has the model.
+        where: the folder, for errors.
+
+    Raises:
+        FormatError: if there is none.
+    """
+    # Video without any actions, for a model that has some, has the slots of none.
+    width = world.model.spec.actions.num_slots
+    known = [e for e in held_out if e.labelled and e.slots_TA.shape[1] == width]
+    if not known:
+        raise FormatError(
+            f"{where}: of its {len(held_out)} held-out episodes none has known actions, and a "
+            "model that answers actions cannot be judged without; evaluate on episodes that have, "
+            "or leave out --model to judge the tokenizer alone"
+        )
+    if len(known) < len(held_out):
+        say(
+            f"{where}: {len(held_out) - len(known)} of {len(held_out)} held-out episodes have no "
+            "known actions; the model is judged by the others, the tokenizer by all"
+        )
+    return known
 
 
 def reconstruction(held_out: Sequence[HeldOut], /, *, narrower_than: int = 5) -> dict[str, Any]:
@@ -336,11 +376,13 @@ def clock(world: World, start: RolloutStart, plan: Plan, /) -> dict[str, Any]:
     }
 
 
-def _read(episodes: Episodes, key: str, tokenizer: VideoTokenizer) -> tuple[Tensor, SlotArray]:
-    """Return one episode's frames_THWC at the tokenizer's size, and its slots_TA."""
+def _read(
+    episodes: Episodes, key: str, tokenizer: VideoTokenizer
+) -> tuple[Tensor, SlotArray | None]:
+    """Return one episode's frames_THWC at the tokenizer's size, and its slots_TA, if known."""
     with episodes.open(key) as episode:
         frames = fit(episode.frames(), tokenizer.spec)
-        slots_TA = episodes.spec.actions.encode(episode.actions, where=key)
+        slots_TA = episode.slots_TA
     return torch.from_numpy(np.ascontiguousarray(frames)), slots_TA
 
 

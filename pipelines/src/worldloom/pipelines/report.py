@@ -185,7 +185,9 @@ def _recorded(run: Path) -> str:
     steps = 0
     for key in episodes.keys:
         with episodes.open(key) as episode:
-            slots = spec.actions.encode(episode.actions)
+            slots = episode.slots_TA
+        if slots is None:  # nobody knows them
+            continue
         # Describing each distinct action once: describing every step takes seconds.
         kinds, times = np.unique(slots, axis=0, return_counts=True)
         steps += len(slots)
@@ -194,8 +196,9 @@ def _recorded(run: Path) -> str:
     with episodes.open(episodes.keys[0]) as episode:
         stop = min(episode.num_frames, 12)
         frames = episode.frames(0, stop)
-        slots = spec.actions.encode(episode.actions)[: stop - 1]
-    labels = ["", *spec.actions.describe(slots)]
+        slots = episode.slots_TA
+    words = ["?"] * (stop - 1) if slots is None else spec.actions.describe(slots[: stop - 1])
+    labels = ["", *words]
     picture = draw_sheet(
         [Strip(title="", frames_THWC=frames, labels=labels)],
         scale=fitting_scale(spec.height, spec.width, target=144),

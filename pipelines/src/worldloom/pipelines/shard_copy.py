@@ -57,7 +57,7 @@ class Source:
         return TokenEpisode(
             key=self.key(episode),
             codes_thw=self.shards.codes_thw(episode),
-            slots_TA=self.shards.slots_TA(episode),
+            slots_TA=self.shards.slots_TA(episode) if row.labelled else None,
             num_frames=row.num_frames,
             split=row.split,
             metadata=self.shards.metadata(episode),

@@ -21,7 +21,7 @@ from worldloom.common import (
     SlotArray,
     TokenShards,
 )
-from worldloom.dynamics import DynamicsModel
+from worldloom.dynamics import NULL, DynamicsModel
 from worldloom.tokenizer import VideoTokenizer
 
 from .encoding import fit, require_size
@@ -47,9 +47,9 @@ class Start:
     codes_thw: torch.Tensor
     """int64, the prompt's latent frames; (t, h, w, Q) where cells have levels."""
     slots_TA: SlotArray
-    """The r (t - 1) actions between them."""
+    """The r (t - 1) actions between them; NULL where nobody knows them."""
     true_slots_TA: SlotArray
-    """The actions that followed in the episode; none for a picture."""
+    """The actions that followed in the episode; none for a picture, or where nobody knows them."""
     true_frames_THWC: Frames | None
     """The frames of prompt and sequel: pixels, or where only codes are known, those decoded."""
     source: str
@@ -83,13 +83,13 @@ def read_start(path: Path, world: World, moment: Moment, /) -> Start:
 
 
 def require_actions(model: DynamicsModel, other: ActionSpec, /, *, where: str) -> None:
-    """Refuse actions of another kind than the model's.
+    """Refuse actions of another kind than the model's; where there are none, none is misread.
 
     Raises:
         MismatchError: naming both.
     """
     mine = model.spec.actions
-    if mine != other:
+    if other not in (mine, ActionSpec.none()):
         raise MismatchError(
             f"{where}: has {other.kind} actions ({', '.join(other.names)}), but the model was "
             f"trained on {mine.kind} ones ({', '.join(mine.names)}); the same number would press "
@@ -127,7 +127,8 @@ def _from_shards(path: Path, world: World, moment: Moment) -> Start:
     num_frames = row.num_frames - moment.start_frame
     frames_BTHWC = world.tokenizer.decode(codes_thw[None], num_frames=num_frames)
     start = moment.start_frame
-    slots_TA = shards.slots_TA(index, start)
+    known = row.labelled and shards.actions == world.model.spec.actions
+    slots_TA = shards.slots_TA(index, start) if known else None
     return _cut(world, moment, key, (codes_thw, slots_TA, frames_BTHWC[0].cpu().numpy()))
 
 
@@ -142,10 +143,12 @@ def _from_episodes(path: Path, world: World, moment: Moment) -> Start:
         where = f"{path}: {key}"
         first = _first_latent(moment, opened.num_frames, world.model, where=where)
         frames = fit(opened.frames(), world.tokenizer.spec)
-        slots = episodes.spec.actions.encode(opened.actions, where=where)
+        known = episodes.spec.actions == world.model.spec.actions
+        slots_TA = opened.slots_TA if known else None
     codes_thw = _encode(frames, world.tokenizer)[first:]
     start = moment.start_frame
-    return _cut(world, moment, key, (codes_thw, slots[start:], frames[start:]))
+    slots_TA = None if slots_TA is None else slots_TA[start:]
+    return _cut(world, moment, key, (codes_thw, slots_TA, frames[start:]))
 
 
 def _pick(episode: str, keys: list[str], held_out: list[str], *, where: Path) -> str:
@@ -186,11 +189,13 @@ def _encode(frames_THWC: Frames, tokenizer: VideoTokenizer) -> torch.Tensor:
 
 
 def _cut(
-    world: World, moment: Moment, key: str, rest: tuple[torch.Tensor, SlotArray, Frames]
+    world: World, moment: Moment, key: str, rest: tuple[torch.Tensor, SlotArray | None, Frames]
 ) -> Start:
     """Part (codes_thw, slots_TA, frames_THWC) from a moment on into the prompt and its sequel."""
     codes_thw, slots_TA, frames_THWC = rest
     steps = (moment.prompt_frames - 1) * world.steps_per_latent
+    if slots_TA is None:
+        slots_TA = np.full((steps, world.model.spec.actions.num_slots), NULL, np.int64)
     return Start(
         codes_thw[: moment.prompt_frames],
         slots_TA[:steps],

@@ -85,13 +85,14 @@ def estimate(
         for key in units[index]:
             try:
                 with episodes.open(key) as episode:
-                    metadata, lengths[key] = episode.metadata, episode.num_frames
+                    lengths[key] = episode.num_frames
+                    about = episodes.split_of(key), episode.metadata, episode.labelled
             except FormatError as error:
                 damaged[key] = str(error).replace(f"{episodes.folder}/", "")
                 if len(damaged) > job.skip_bad:
                     raise too_many_damaged(damaged, job.skip_bad, job.episodes) from error
                 continue
-            rows.append((key, lengths[key], episodes.split_of(key), metadata))
+            rows.append((key, lengths[key], *about))
         size_bytes += shard_bytes(rows, codes=tokenizer.spec.codes, actions=episodes.spec.actions)
     speed = _frames_per_s(job, episodes, tokenizer, lengths) if lengths else 0.0
     frames = sum(lengths.values())

@@ -10,7 +10,6 @@ several processes: `torchrun --nproc_per_node 2 -m worldloom.pipelines train-dyn
 """
 
 import shlex
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +18,7 @@ from worldloom.common import ConfigError, TokenShards, say
 from worldloom.dynamics import DynamicsConfig, DynamicsTrainingConfig, StreamConfig
 
 if TYPE_CHECKING:
-    from worldloom.dynamics import DynamicsModel
-
-    from .dry_run import DryRun
+    from .dynamics_dry_run import DynamicsDryRun
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +50,7 @@ class TrainDynamicsConfig:
     cpu: bool = False
     """Stay on the CPU even where there is a GPU."""
     dry_run: bool = False
-    """Say what it would take (parameters, tokens per update, checkpoint, memory) and stop."""
+    """Say what it would take (parameters, memory, codes, time) and stop."""
     training: DynamicsTrainingConfig = field(default_factory=DynamicsTrainingConfig)
     """How it is trained."""
     model: DynamicsConfig = field(default_factory=DynamicsConfig)
@@ -74,7 +71,7 @@ class TrainDynamicsConfig:
         )
 
 
-def train_dynamics(config: TrainDynamicsConfig) -> "Path | DryRun":
+def train_dynamics(config: TrainDynamicsConfig) -> "Path | DynamicsDryRun":
     """Train the dynamics; return the model directory."""
     stream = config.streaming
     shards = [TokenShards(path, tars_elsewhere=stream is not None) for path in config.shards]
@@ -83,10 +80,23 @@ def train_dynamics(config: TrainDynamicsConfig) -> "Path | DryRun":
 
     check_alike(shards)
     if config.dry_run:
-        return _dry_run(config, shards[0])
+        from .dynamics_dry_run import dry_run
+
+        return dry_run(shards, model=config.model, training=config.training, cpu=config.cpu)
     if stream is not None and stream.url.startswith("pipe:"):
         say(f"--stream runs a command in your shell for every shard: {stream.url[5:]}")
-    draw = None if config.tokenizer is None else _painter(config, shards, config.tokenizer)
+    draw = None
+    if config.tokenizer is not None:
+        from .dynamics_pictures import painter
+
+        draw = painter(
+            shards,
+            config.output / "samples",
+            tokenizer=config.tokenizer,
+            window_frames=config.training.window_frames,
+            seed=config.training.seed,
+            stream=stream,
+        )
     model = train_dynamics_model(
         shards,
         config.output,
@@ -108,92 +118,3 @@ def train_dynamics(config: TrainDynamicsConfig) -> "Path | DryRun":
              "--output", str(config.output.parent / "generated")]  # fmt: skip
     say(f"next: {shlex.join(words)}")
     return model
-
-
-def _painter(
-    config: TrainDynamicsConfig, shards: Sequence[TokenShards], tokenizer_name: str
-) -> Callable[["DynamicsModel", int], None]:
-    """Return what draws true frames above generated ones, from held-out windows."""
-    import torch
-    from torchvision.io import encode_png
-    from torchvision.utils import make_grid
-    from worldloom.common import write_bytes
-    from worldloom.dynamics import SamplingConfig, generate_codes, open_held_out
-    from worldloom.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(tokenizer_name)
-    each = -(-6 // len(shards))
-    codes, slots = [], []
-    for one in shards:
-        tokenizer.spec.require(one.tokenizer, here=tokenizer_name, there=str(one.folder))
-        windows = open_held_out(
-            one, window_frames=config.training.window_frames, stream=config.streaming
-        )
-        batch = windows.batch(0, size=64, seed=config.training.seed)
-        # Windows that are full come first: in others the last frames are padding.
-        fullest = batch.valid_Bt.sum(1).argsort(descending=True, stable=True)[:each]
-        codes.append(batch.codes_Bthw[fullest])
-        slots.append(batch.slots_BTA[fullest])
-    codes_Bthw, slots_BTA = torch.cat(codes), torch.cat(slots)
-    prompt_frames = max(1, config.training.window_frames // 4)
-    num_frames = shards[0].codes.pixel_frames(codes_Bthw.shape[1])
-
-    def draw(model: "DynamicsModel", step: int) -> None:
-        generated_Bthw = generate_codes(
-            model,
-            codes_Bthw[:, :prompt_frames],
-            slots_BTA,
-            seeds=range(len(codes_Bthw)),
-            sampling=SamplingConfig(),
-        ).cpu()
-        pairs_BpTHWC = torch.stack(
-            [
-                tokenizer.decode(c, num_frames=num_frames).cpu()
-                for c in (codes_Bthw, generated_Bthw)
-            ],
-            dim=1,
-        )
-        tiles_NCHW = pairs_BpTHWC.flatten(0, 2).movedim(-1, 1)
-        grid = make_grid(tiles_NCHW, nrow=num_frames, padding=1, pad_value=128)
-        path = config.output / "samples" / f"step-{step:08d}.png"
-        write_bytes(path, bytes(encode_png(grid).numpy()))
-
-    return draw
-
-
-def _dry_run(config: TrainDynamicsConfig, shards: TokenShards) -> "DryRun":
-    """Say what the training would take."""
-    import torch
-    from torch import Tensor
-    from worldloom.dynamics import DynamicsModel, DynamicsSpec
-
-    from .dry_run import estimate
-
-    training, codes = config.training, shards.codes
-    spec = DynamicsSpec(
-        tokenizer=shards.tokenizer,
-        actions=shards.actions,
-        fps=shards.fps,
-        frame_skip=shards.frame_skip,
-    )
-    dynamics = DynamicsModel(config.model, spec, shards.codebook_VZ()).train()
-    t = training.window_frames
-
-    def forward() -> Tensor:
-        codes_Bthw = torch.zeros(1, *codes.codes_shape(t), dtype=torch.int64)
-        steps = (t - 1) * codes.frames_per_latent
-        slots_BTA = torch.zeros(1, steps, shards.actions.num_slots, dtype=torch.int64)
-        with torch.autocast("cpu", torch.bfloat16, training.bf16):
-            logits_BfSV: Tensor = dynamics(codes_Bthw, slots_BTA)
-        # The loss keeps their logarithms.
-        return logits_BfSV.float().log_softmax(-1)
-
-    return estimate(
-        dynamics,
-        forward,
-        samples=training.batch_windows,
-        items=training.batch_windows * (t - 1) * codes.cells * codes.num_levels,
-        updates=training.num_steps,
-        sample="window",
-        item="predicted token",
-    )

@@ -243,14 +243,13 @@ class UnitWorker:
         self, keys: Sequence[str], codes: Sequence[Tensor]
     ) -> Iterator[TokenEpisode]:
         """Yield the encoded episodes of a unit with what else belongs to them."""
-        spec, dtype = self._episodes.spec, self._tokenizer.spec.codes.dtype
+        dtype = self._tokenizer.spec.codes.dtype
         for key, codes_thw in zip(keys, codes, strict=True):
             with self._episodes.open(key) as episode:
-                where = str(self._episodes.folder / f"{key}.npz")
                 yield TokenEpisode(
                     key=key,
                     codes_thw=codes_thw.numpy().astype(dtype),
-                    slots_TA=spec.actions.encode(episode.actions, where=where),
+                    slots_TA=episode.slots_TA,
                     num_frames=episode.num_frames,
                     split=self._episodes.split_of(key),
                     metadata=episode.metadata,
@@ -279,7 +278,7 @@ class UnitWorker:
             with self._episodes.open(key) as episode:
                 for _ in episode.pieces():
                     pass
-                self._episodes.spec.actions.encode(episode.actions, where=str(folder / key))
+                _ = episode.slots_TA
         except FormatError as error:
             # What is written into markers must not depend on where the folder lies.
             return str(error).replace(f"{folder}/", "")

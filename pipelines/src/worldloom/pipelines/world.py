@@ -3,17 +3,28 @@
     codes_thw, slots_TA  -> reset -> frames_THWC;    slots_rA  -> step  -> the next r frames
 
 The tokenizer, the dynamics model, a rollout and a streaming decoder, held together. One world at a
-time: what generate and play show, and what evaluate clocks.
+time: what generate and play show, and what evaluate clocks. `snapshot` and `restore` branch it.
 """
 
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
+from torch import nn
 from worldloom.common import Frames, SlotArray
-from worldloom.dynamics import DynamicsModel, Rollout, SamplingConfig
+from worldloom.dynamics import DynamicsModel, Rollout, SamplingConfig, Snapshot
 from worldloom.tokenizer import DecoderSession, VideoTokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class WorldSnapshot:
+    """A world's state, to go back to: what was generated, and what the decoder saw of it."""
+
+    rollout: Snapshot
+    decoder: DecoderSession
 
 
 class World:
@@ -30,7 +41,7 @@ class World:
         tokenizer.spec.require(model.spec.tokenizer, here="this tokenizer", there="this model")
         self.model = model
         self.tokenizer = tokenizer
-        self.sampling = sampling
+        self._sampling = sampling
         self._rollout: Rollout | None = None
         self._decoder: DecoderSession | None = None
 
@@ -53,6 +64,21 @@ class World:
     def steps_per_latent(self) -> int:
         """Actions that `step` takes and frames that it returns, r."""
         return self.model.spec.tokenizer.codes.frames_per_latent
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How codes are drawn; may be changed between steps.
+
+        Raises:
+            ConfigError: on setting it, if guidance is asked of a model without actions.
+        """
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: SamplingConfig, /) -> None:
+        if self._rollout is not None:
+            self._rollout.sampling = sampling
+        self._sampling = sampling
 
     def reset(self, codes_thw: torch.Tensor, slots_TA: SlotArray, /, *, seed: int) -> Frames:
         """Start from a prompt; return its frames_THWC as the decoder sees them.
@@ -78,8 +104,45 @@ class World:
         Raises:
             FormatError: if an action is not one of the model's; nothing happened.
         """
+        rollout, decoder = self._state()
+        codes_Bhw = rollout.step(torch.from_numpy(np.ascontiguousarray(slots_rA))[None])
+        frames_BTHWC = decoder.push(codes_Bhw[:, None])
+        return frames_BTHWC[0].cpu().numpy(), codes_Bhw[0].cpu()
+
+    def act(self, *, temperature: float = 1.0) -> SlotArray:
+        """Return slots_rA that the model itself would choose next.
+
+        Raises:
+            ConfigError: if it has no action head.
+        """
+        rollout, _ = self._state()
+        slots_rA: SlotArray = rollout.act(temperature=temperature)[0].cpu().numpy()
+        return slots_rA
+
+    def snapshot(self) -> WorldSnapshot:
+        """Return the state, independent of what follows."""
+        rollout, decoder = self._state()
+        return WorldSnapshot(rollout.snapshot(), self._copy(decoder))
+
+    def restore(self, snapshot: WorldSnapshot, /) -> None:
+        """Go back to a snapshot of this world; `sampling` stays as it is now."""
+        rollout, _ = self._state()
+        rollout.restore(snapshot.rollout)
+        self._decoder = self._copy(snapshot.decoder)
+
+    def _state(self) -> tuple[Rollout, DecoderSession]:
+        """Return what reset began."""
         if self._rollout is None or self._decoder is None:
             raise ValueError("a world has no state before its first reset")
-        codes_Bhw = self._rollout.step(torch.from_numpy(np.ascontiguousarray(slots_rA))[None])
-        frames_BTHWC = self._decoder.push(codes_Bhw[:, None])
-        return frames_BTHWC[0].cpu().numpy(), codes_Bhw[0].cpu()
+        return self._rollout, self._decoder
+
+    def _copy(self, decoder: DecoderSession) -> DecoderSession:
+        """Return a session in the same state.
+
+        Sessions are anybody's, so nothing is known of what they keep: all of it is copied but the
+        tokenizer and its parts, which hold the weights and which decoding leaves as they are.
+        """
+        shared: list[object] = [self.tokenizer]
+        if isinstance(self.tokenizer, nn.Module):
+            shared += self.tokenizer.modules()
+        return deepcopy(decoder, {id(part): part for part in shared})

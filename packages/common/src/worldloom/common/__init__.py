@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from .ema import WeightAverage as WeightAverage
     from .episodes import Episode as Episode
     from .episodes import Episodes as Episodes
-    from .episodes import EpisodesSpec as EpisodesSpec
     from .episodes import EpisodeWriter as EpisodeWriter
     from .episodes import Frames as Frames
-    from .episodes import check_key as check_key
+    from .episodes_spec import EpisodesSpec as EpisodesSpec
+    from .episodes_spec import check_key as check_key
     from .errors import ConfigError as ConfigError
     from .errors import FormatError as FormatError
     from .errors import MismatchError as MismatchError
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from .optimizer import optimizer_tensors as optimizer_tensors
     from .optimizer import set_learning_rate as set_learning_rate
     from .optimizer import warmup_cosine as warmup_cosine
+    from .optimizer import warmup_stable_decay as warmup_stable_decay
     from .rng import derive_seed as derive_seed
     from .rng import library_seed as library_seed
     from .rng import numpy_stream as numpy_stream
@@ -96,7 +97,8 @@ __getattr__, __dir__ = lazy_exports(
         ),
         "config": ("build", "describe_difference", "nearest", "partial", "read_toml", "to_plain"),
         "ema": ("WeightAverage",),
-        "episodes": ("Episode", "EpisodeWriter", "Episodes", "EpisodesSpec", "Frames", "check_key"),
+        "episodes": ("Episode", "EpisodeWriter", "Episodes", "Frames"),
+        "episodes_spec": ("EpisodesSpec", "check_key"),
         "errors": (
             "ConfigError", "FormatError", "MismatchError", "ShapeError", "StorageError",
             "TrainingError", "WorldloomError",
@@ -112,7 +114,7 @@ __getattr__, __dir__ = lazy_exports(
         "npy": ("npy_array", "npy_bytes"),
         "optimizer": (
             "decay_groups", "load_optimizer", "optimizer_tensors", "set_learning_rate",
-            "warmup_cosine",
+            "warmup_cosine", "warmup_stable_decay",
         ),
         "rng": ("derive_seed", "library_seed", "numpy_stream", "stream"),
         "runlog": (

@@ -43,14 +43,15 @@ class WeightAverage(Generic[Model]):
                 "thousand updates"
             )
         self.decay = decay
-        self._copy = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
+        with torch.no_grad():
+            self._means = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._copy: Model | None = None
 
     @torch.no_grad()
     def update(self, model: Model, /, *, step: int) -> None:
         """Move towards the model after its update number `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for mean, parameter in zip(self._copy.parameters(), model.parameters(), strict=True):
-            mean.lerp_(parameter, 1 - decay)
+        torch._foreach_lerp_(list(self._means.values()), list(model.parameters()), 1 - decay)
 
     @torch.no_grad()
     def of(self, model: Model, /) -> Model:
@@ -58,13 +59,17 @@ class WeightAverage(Generic[Model]):
 
         It is the same object every time; the next `update` moves it.
         """
+        if self._copy is None:
+            self._copy = copy.deepcopy(model).requires_grad_(requires_grad=False)
+            for name, parameter in self._copy.named_parameters():
+                parameter.data = self._means[name]  # the average itself: no second copy
         for own, buffer in zip(self._copy.buffers(), model.buffers(), strict=True):
             own.copy_(buffer)
         return self._copy.eval()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the averaged parameters by name, for a checkpoint."""
-        return dict(self._copy.named_parameters())
+        return dict(self._means)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], /, *, where: str) -> None:

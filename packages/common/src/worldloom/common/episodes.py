@@ -3,21 +3,20 @@
     frames_THWC uint8, T - 1 raw actions  ->  EPISODES/KEY.npz  ->  the same, in pieces
 
 `actions[i]` is chosen on seeing frame i and leads to frame i + 1 (Gymnasium's convention), so an
-episode of T frames has T - 1 actions. A folder of episodes shares one `episodes.json` (what they
-are of); every episode is one zip of npy members with frames in pieces of 64, losslessly deflated,
+episode of T frames has T - 1 actions, or none where nobody knows them: an unlabelled episode, which
+is no episode of no-ops. A folder of episodes shares one `episodes.json` (what they are of); every
+episode is one zip of npy members with frames in pieces of 64, losslessly deflated,
 so that a clip is read without its episode. docs/formats.md describes both to the byte.
 """
 
 import hashlib
 import math
 import os
-import re
 import zipfile
 import zlib
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -26,95 +25,27 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from .actions import ActionArray, ActionSpec
+from .actions import ActionArray, ActionSpec, SlotArray
+from .episodes_spec import HALF_LABELLED_EPISODES_SCHEMA, EpisodesSpec, check_key
 from .errors import FormatError
 from .files import (
     failpoint,
     fsync_folder,
     parse_json,
-    read_json,
     storage_errors,
     temporary_path,
     to_json,
-    write_json,
 )
 from .npy import npy_array, npy_bytes
-from .specs import check_count, check_fields, check_rate
+from .specs import check_count
 
 Frames = npt.NDArray[np.uint8]
 
-EPISODES_SCHEMA = "worldloom.episodes/1"
 PIECE_FRAMES = 64
 """Frames per zip member: few enough to read for one clip, enough for deflate to earn its keep."""
 
-# 80: with ".actions.npy" behind it, a key must fit the 100 bytes of a name in a ustar header.
-# tmp-: a file of that name is what a killed process left, so readers pass it by.
-_KEY = re.compile(r"(?!tmp-)[A-Za-z0-9_-]{1,80}")
 _MAX_HEADER_BYTES = 1 << 14
 _MAX_ABOUT_BYTES = 1 << 24
-
-
-def check_key(key: str, /, *, where: str) -> str:
-    """Return the key if it is safe as a file name and as a webdataset key (no dot, no slash)."""
-    if not _KEY.fullmatch(key):
-        raise FormatError(
-            f"{where}: key {key!r:.60} must be 1 to 80 of A-Z a-z 0-9 _ - and not begin with tmp-"
-        )
-    return key
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EpisodesSpec:
-    """What every episode of a folder has in common."""
-
-    actions: ActionSpec
-    height: int
-    width: int
-    fps: float
-    """Frames per second at which the recorded frames follow each other."""
-    frame_skip: int
-    """Game frames per recorded frame; every action was held for as many."""
-    source: Mapping[str, Any] = field(default_factory=dict)
-    """Where they come from: environment, policy, seed, resize rule. For people and provenance."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the content of episodes.json."""
-        return {
-            "schema": EPISODES_SCHEMA,
-            "actions": self.actions.to_dict(),
-            "height": self.height,
-            "width": self.width,
-            "fps": self.fps,
-            "frame_skip": self.frame_skip,
-            "source": dict(self.source),
-        }
-
-    @classmethod
-    def read(cls, folder: Path, /) -> Self:
-        """Read FOLDER/episodes.json.
-
-        Raises:
-            FormatError: if it is missing or not what docs/formats.md says.
-        """
-        path = folder / "episodes.json"
-        data = read_json(path, what="the description of a folder of episodes (`worldloom record`)")
-        if data.get("schema") != EPISODES_SCHEMA:
-            raise FormatError(
-                f"{path}: schema {data.get('schema')!r}, readable is {EPISODES_SCHEMA}"
-            )
-        del data["schema"]
-        check_fields(cls, data, where=str(path))
-        for name in ("height", "width", "frame_skip"):
-            check_count(str(path), name, data[name], high=1 << 16)
-        fps = check_rate(str(path), "fps", data["fps"])
-        if fps == 0 or not isinstance(data["source"], dict):
-            raise FormatError(f"{path}: fps must be above 0, and source an object")
-        actions = ActionSpec.from_dict(data["actions"], where=str(path))
-        return cls(**{**data, "actions": actions, "fps": fps})
-
-    def write(self, folder: Path, /) -> None:
-        """Write FOLDER/episodes.json, whole or not at all."""
-        write_json(folder / "episodes.json", self.to_dict())
 
 
 class EpisodeWriter:
@@ -163,7 +94,7 @@ class EpisodeWriter:
 
     def finish(
         self,
-        actions: ActionArray,
+        actions: ActionArray | None,
         /,
         *,
         rewards: npt.NDArray[np.float32] | None = None,
@@ -171,23 +102,43 @@ class EpisodeWriter:
     ) -> None:
         """Write the actions of the T - 1 steps and make the file durable under its name.
 
+        Args:
+            actions: raw ones; None where nobody knows them.
+            rewards: of the steps, if there are any.
+            metadata: JSON values, at most 16 MiB.
+
         Raises:
-            FormatError: if there are no frames, or not one action fewer than frames.
+            FormatError: if there are no frames, not one action fewer than frames, or no actions in
+                a folder that is not half-labelled.
             StorageError: if the disk refuses.
         """
         if self._num_frames == 0:
             raise FormatError(f"{self._key}: an episode needs at least one frame")
-        _check_actions(self._spec.actions, actions, self._num_frames, where=self._key)
+        spec = self._spec
+        if actions is not None:
+            _encoded(spec.actions, actions, self._num_frames - 1, where=self._key)
+        elif not spec.half_labelled:
+            raise FormatError(
+                f"{self._key}: has no actions, in a folder whose episodes.json says that every "
+                "episode has; give them, or write a folder that is half_labelled"
+            )
         if self._waiting:
             self._write_piece()
-        self._write("actions.npy", npy_bytes(np.asarray(actions)))
+        none = spec.actions.decode(np.zeros((0, spec.actions.num_slots), np.int64))
+        self._write("actions.npy", npy_bytes(np.asarray(none if actions is None else actions)))
         if rewards is not None:
             if rewards.shape != (self._num_frames - 1,):
                 raise FormatError(
                     f"{self._key}: {rewards.shape} rewards for {self._num_frames} frames"
                 )
             self._write("rewards.npy", npy_bytes(rewards.astype(np.float32)))
-        about = {"key": self._key, "num_frames": self._num_frames, "metadata": dict(metadata or {})}
+        about: dict[str, Any] = {
+            "key": self._key,
+            "num_frames": self._num_frames,
+            "metadata": dict(metadata or {}),
+        }
+        if actions is None:
+            about["labelled"] = False
         self._write("episode.json", to_json(about).encode())
         with storage_errors(self._path):
             self._zip.close()
@@ -229,6 +180,8 @@ class Episode:
     """Frames T of the episode."""
     metadata: dict[str, Any]
     """What the recorder noted: JSON values."""
+    labelled: bool
+    """Whether its actions are known."""
 
     def __init__(self, path: Path, /, *, spec: EpisodesSpec) -> None:
         self.key = path.stem
@@ -236,7 +189,7 @@ class Episode:
         self._path = path
         self._zip = self._open()
         try:
-            self.num_frames, self.metadata = self._about()
+            self.num_frames, self.metadata, self.labelled = self._about()
         except FormatError:
             self.close()
             raise
@@ -251,11 +204,19 @@ class Episode:
         except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
             raise FormatError(f"{self._path}: not an episode, or cut short ({error})") from error
 
-    def _about(self) -> tuple[int, dict[str, Any]]:
+    def _about(self) -> tuple[int, dict[str, Any], bool]:
         where = f"{self._path}: episode.json"
         about = parse_json(self._member("episode.json", _MAX_ABOUT_BYTES), where=where)
-        if not isinstance(about, dict) or set(about) != {"key", "num_frames", "metadata"}:
+        if not isinstance(about, dict) or set(about) - {"labelled"} != {
+            "key", "num_frames", "metadata"
+        }:  # fmt: skip
             raise FormatError(f"{where}: must be an object with key, num_frames and metadata")
+        labelled = about.get("labelled", True)
+        if labelled is not True and (labelled is not False or not self.spec.half_labelled):
+            raise FormatError(
+                f"{where}: labelled is {labelled!r:.60}, which may be false alone, and only where "
+                f"episodes.json has schema {HALF_LABELLED_EPISODES_SCHEMA}"
+            )
         num_frames, metadata = about["num_frames"], about["metadata"]
         check_count(where, "num_frames", num_frames)
         # A claim of more frames than there are members for must not decide how much memory is
@@ -278,14 +239,31 @@ class Episode:
             raise FormatError(
                 f"{where}: of episode {about['key']!r:.60}; a file is named after its key"
             )
-        return num_frames, metadata
+        return num_frames, metadata, labelled
 
     @property
-    def actions(self) -> ActionArray:
-        """The T - 1 raw actions; `spec.actions.encode` turns them into slots."""
+    def actions(self) -> ActionArray | None:
+        """The T - 1 raw actions, or None where nobody knows them."""
+        return self._steps()[0]
+
+    @property
+    def slots_TA(self) -> SlotArray | None:
+        """The T - 1 actions as slots, or None where nobody knows them."""
+        return self._steps()[1]
+
+    def _steps(self) -> tuple[ActionArray, SlotArray] | tuple[None, None]:
+        """Return the raw actions and their slots."""
         limit = 8 * max(1, self.spec.actions.raw_width) * self.num_frames + _MAX_HEADER_BYTES
         raw = npy_array(self._member("actions.npy", limit), where=f"{self._path}: actions.npy")
-        return _check_actions(self.spec.actions, raw, self.num_frames, where=str(self._path))
+        if self.labelled:
+            steps = self.num_frames - 1
+            return raw, _encoded(self.spec.actions, raw, steps, where=str(self._path))
+        if len(raw) if raw.ndim else 1:
+            raise FormatError(
+                f"{self._path}: actions.npy is {raw.shape}, but episode.json says that no action "
+                "is known; it must have no rows"
+            )
+        return None, None
 
     @property
     def rewards(self) -> npt.NDArray[np.float32] | None:
@@ -417,15 +395,12 @@ def split_of(index: int, total: int, /, *, every: int = 10) -> str:
     return "validation" if held_out else "train"
 
 
-def _check_actions(
-    spec: ActionSpec, raw: ActionArray, num_frames: int, /, *, where: str
-) -> ActionArray:
-    """Return raw actions after checking their number and values."""
+def _encoded(spec: ActionSpec, raw: ActionArray, steps: int, /, *, where: str) -> SlotArray:
+    """Return the slots of raw actions after checking their number and values."""
     count = len(raw) if np.ndim(raw) else 0
-    if count != num_frames - 1:
+    if count != steps:
         raise FormatError(
-            f"{where}: {count} actions for {num_frames} frames, must be {num_frames - 1}: "
+            f"{where}: {count} actions for {steps + 1} frames, must be {steps}: "
             "actions[i] leads from frame i to frame i + 1"
         )
-    spec.encode(raw, where=f"{where}: actions")
-    return raw
+    return spec.encode(raw, where=f"{where}: actions")

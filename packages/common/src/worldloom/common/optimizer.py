@@ -1,4 +1,4 @@
-"""What two training loops share about updates: parameter groups, schedule, state as tensors.
+"""What two training loops share about updates: parameter groups, schedules, state as tensors.
 
     optimizer        -> optimizer_tensors ->  {"0.exp_avg": ..., "0.step": ...}, for a checkpoint
     the same tensors -> load_optimizer    ->  the optimizer, to the last bit
@@ -30,6 +30,28 @@ def warmup_cosine(step: int, /, *, warmup_steps: int, num_steps: int, floor: flo
         return (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def warmup_stable_decay(
+    step: int,
+    /,
+    *,
+    warmup_steps: int,
+    num_steps: int,
+    decay_share: float = 0.2,
+    floor: float = 0.01,
+) -> float:
+    """Return the factor on the learning rate at update `step` >= 0: up, level, then down.
+
+    Level is where a training can be lengthened, or branched, without knowing its end; the last
+    `decay_share` of all updates fall exponentially to `floor` and bring most of what a cosine
+    brings over its whole length (MiniCPM, arXiv:2404.06395, section 4.2).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    decay_steps = max(1, min(round(decay_share * num_steps), num_steps - warmup_steps))
+    done = (step - (num_steps - decay_steps)) / decay_steps
+    return float(floor ** min(1.0, max(0.0, done)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float, /) -> None:

@@ -109,11 +109,12 @@ def episode_metadata(path: Path, spans: Spans, row: "EpisodeRecord", /) -> dict[
         "split": row.split,
         "num_frames": row.num_frames,
         "latent_frames": row.latent_frames,
+        **({} if row.labelled else {"labelled": False}),
     }
     if not isinstance(about, Mapping) or about.keys() != {*wanted, "metadata"}:
         raise FormatError(f"{path}: {name} must have the fields {', '.join(wanted)}, metadata")
     for field, value in wanted.items():
-        if about[field] != value or isinstance(about[field], bool):
+        if about[field] != value or type(about[field]) is not type(value):
             raise FormatError(
                 f"{path}: {name} says {field} {about[field]!r:.60}, the manifest {value!r}"
             )

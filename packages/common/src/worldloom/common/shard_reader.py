@@ -26,12 +26,13 @@ from safetensors.numpy import load
 
 from .actions import ActionSpec, SlotArray
 from .config import build
-from .episodes import check_key
+from .episodes_spec import check_key
 from .errors import FormatError
 from .files import file_sha256, plain_name, read_json, read_limited, storage_errors
 from .npy import NpyLayout, npy_layout
 from .shard_members import Spans, episode_metadata, tar_spans
 from .shards import (
+    HALF_LABELLED_SHARDS_SCHEMA,
     SHARDS_SCHEMA,
     SPLITS,
     CodeArray,
@@ -72,9 +73,10 @@ class TokenShards:
                 "run `worldloom tokenize` again, it continues where it stopped"
             )
         data = read_json(path, what="a manifest of token shards")
-        if data.get("schema") != SHARDS_SCHEMA:
+        readable = (SHARDS_SCHEMA, HALF_LABELLED_SHARDS_SCHEMA)
+        if data.get("schema") not in readable:
             raise FormatError(
-                f"{path}: schema {data.get('schema')!r:.60}, readable is {SHARDS_SCHEMA}"
+                f"{path}: schema {data.get('schema')!r:.60}, readable are {' and '.join(readable)}"
             )
         where = str(path)
         manifest = build(Manifest, data, where=where, error=FormatError)
@@ -143,6 +145,13 @@ class TokenShards:
                     f"{episode} has {row.latent_frames} latent frames for "
                     f"{row.num_frames} frames, which does not fit the tokenizer's stride"
                 )
+            if not row.labelled and (
+                self.manifest["schema"] == SHARDS_SCHEMA or self.actions.kind == "none"
+            ):
+                raise FormatError(
+                    f"{episode} is not labelled, which a folder of schema {SHARDS_SCHEMA}, or one "
+                    "whose actions are of kind none, has no place for"
+                )
             file = self.files[row.shard]
             for name in ("codes", "actions"):
                 offset, size_bytes = row.span(name)
@@ -193,7 +202,8 @@ class TokenShards:
     def slots_TA(self, episode: int, start: int = 0, stop: int | None = None, /) -> SlotArray:
         """Return the encoded actions of pixel steps [start, stop) of an episode, as int64.
 
-        A stretch that reaches over the end of the episode is cut there.
+        A stretch that reaches over the end of the episode is cut there. Of an episode that is not
+        `labelled` there are none: no rows, whatever the stretch.
 
         Raises:
             FormatError: if the bytes are not what the index says, or an action is out of range.
@@ -297,7 +307,7 @@ class TokenShards:
                 content = self._maps.get(row.shard) or self._map(row.shard)
         codes = name == "codes"
         begin = self._begins[2 * episode + codes] or self._begin(episode, name, content)
-        length = row.latent_frames if codes else row.num_frames - 1
+        length = row.latent_frames if codes else row.num_steps
         if start < 0 or (stop is not None and stop < start):
             raise ValueError(f"{row.key}: {name} [{start}, {stop}) of {length}")
         stop = length if stop is None else min(stop, length)
@@ -363,7 +373,7 @@ class TokenShards:
         row = self.episodes[episode]
         layout = npy_layout(io.BytesIO(head), row.span(name)[1], where=where)
         dtype, shape, _ = self._stored[name]
-        shape = (row.latent_frames if name == "codes" else row.num_frames - 1, *shape)
+        shape = (row.latent_frames if name == "codes" else row.num_steps, *shape)
         if layout.dtype != dtype or layout.shape != shape:
             raise FormatError(f"{where}: {layout.dtype} {layout.shape}, must be {dtype} {shape}")
         return layout

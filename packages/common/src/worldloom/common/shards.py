@@ -6,6 +6,7 @@
 A shard is a plain tar in webdataset's layout: per episode `KEY.actions.npy`, `KEY.codes.npy` and
 `KEY.json`. The manifest holds what a tar cannot: specs, hashes, splits, and the byte offset of
 every member, so that a window is one memory-mapped slice. The same episodes give the same bytes.
+An episode whose actions nobody knows has none, and says so: it has no no-ops put in their place.
 docs/formats.md describes everything to the byte.
 """
 
@@ -23,7 +24,7 @@ from safetensors.numpy import save
 
 from .actions import ActionSpec, SlotArray
 from .config import build
-from .episodes import check_key
+from .episodes_spec import check_key
 from .errors import FormatError
 from .files import (
     failpoint,
@@ -41,6 +42,8 @@ from .specs import CodeSpec, TokenizerSpec
 CodeArray = npt.NDArray[np.unsignedinteger[Any]]
 
 SHARDS_SCHEMA = "worldloom.token-shards/1"
+HALF_LABELLED_SHARDS_SCHEMA = "worldloom.token-shards/2"
+"""Of a folder with unlabelled episodes; nothing else differs."""
 SPLITS = ("train", "validation")
 
 
@@ -51,8 +54,9 @@ class TokenEpisode:
     key: str
     codes_thw: CodeArray
     """(t, h, w), or (t, h, w, Q) with residual levels; values in [0, V)."""
-    slots_TA: SlotArray
-    """(T - 1, A): the encoded action that leads from each pixel frame to the next."""
+    slots_TA: SlotArray | None
+    """(T - 1, A): the encoded action that leads from each pixel frame to the next; None where
+    nobody knows them."""
     num_frames: int
     """Pixel frames T that the codes decode to; the last latent frame may cover more."""
     split: str
@@ -74,6 +78,20 @@ class EpisodeRecord:
     codes_bytes: int
     actions_offset: int
     actions_bytes: int
+    labelled: bool = True
+    """Whether its actions are known; where not, their npy has no rows."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps whose action is known."""
+        return self.num_frames - 1 if self.labelled else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; `labelled` only where it is not, as schema 1 has no such."""
+        plain = asdict(self)
+        if self.labelled:
+            del plain["labelled"]
+        return plain
 
     def span(self, name: str, /) -> tuple[int, int]:
         """Return (offset, size) of the npy of the "codes" or the "actions"."""
@@ -97,7 +115,7 @@ class ShardRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return asdict(self)
+        return asdict(self) | {"episodes": [row.to_dict() for row in self.episodes]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], /, *, where: str) -> Self:
@@ -196,7 +214,7 @@ def write_shard(  # noqa: PLR0913 - a marker's parts
 
 
 def shard_bytes(
-    episodes: Iterable[tuple[str, int, str, Mapping[str, Any]]],
+    episodes: Iterable[tuple[str, int, str, Mapping[str, Any], bool]],
     /,
     *,
     codes: CodeSpec,
@@ -205,17 +223,18 @@ def shard_bytes(
     """Return how large the tar of these episodes will be, to the byte, before anything is encoded.
 
     Args:
-        episodes: key, pixel frames, split and metadata of each.
+        episodes: key, pixel frames, split and metadata of each, and whether it is labelled.
         codes: of the tokenizer.
         actions: of the episodes.
     """
     total = 2 * tarfile.BLOCKSIZE  # what ends a tar
-    for key, num_frames, split, metadata in episodes:
+    for key, num_frames, split, metadata, labelled in episodes:
         latent_frames = codes.latent_frames(num_frames)
+        steps = num_frames - 1 if labelled else 0
         sizes = (
-            _npy_bytes((num_frames - 1, actions.num_slots), actions.slot_dtype),
+            _npy_bytes((steps, actions.num_slots), actions.slot_dtype),
             _npy_bytes(codes.codes_shape(latent_frames), codes.dtype),
-            len(_about(key, split, num_frames, latent_frames, metadata)),
+            len(_about(key, split, num_frames, latent_frames, metadata, labelled=labelled)),
         )
         total += sum(tarfile.BLOCKSIZE + _padded(size, tarfile.BLOCKSIZE) for size in sizes)
     return _padded(total, tarfile.RECORDSIZE)
@@ -294,8 +313,9 @@ def write_manifest(  # noqa: PLR0913 - as many as a manifest has parts; no two b
     codebook_VZ = np.ascontiguousarray(codebook_VZ, np.float32)
     check_codebook(codebook_VZ, tokenizer.codes, where=str(codebook_path))
     write_bytes(codebook_path, save({"codebook": codebook_VZ}))
+    half = any(not row.labelled for shard in shards for row in shard.episodes)
     manifest = {
-        "schema": SHARDS_SCHEMA,
+        "schema": HALF_LABELLED_SHARDS_SCHEMA if half else SHARDS_SCHEMA,
         "tokenizer": tokenizer.to_dict(),
         "actions": actions.to_dict(),
         "fps": fps,
@@ -310,7 +330,7 @@ def write_manifest(  # noqa: PLR0913 - as many as a manifest has parts; no two b
             }
             for shard in shards
         ],
-        "episodes": [asdict(row) for shard in shards for row in shard.episodes],
+        "episodes": [row.to_dict() for shard in shards for row in shard.episodes],
         "metrics": {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in metrics.items()
@@ -364,10 +384,21 @@ def _members(
             f"{key}: codes in [{codes_thw.min()}, {codes_thw.max()}], "
             f"must be in [0, {codes.vocab_size})"
         )
-    slots_TA = actions.check_slots(episode.slots_TA, where=key)
-    if len(slots_TA) != episode.num_frames - 1:
-        raise FormatError(f"{key}: {len(slots_TA)} actions for {episode.num_frames} frames")
-    about = _about(key, episode.split, episode.num_frames, latent_frames, episode.metadata)
+    labelled = episode.slots_TA is not None
+    if episode.slots_TA is None:
+        if actions.kind == "none":
+            raise FormatError(
+                f"{key}: slots_TA is None, but there are no actions that could be unknown; "
+                "give (T - 1, 0) slots"
+            )
+        slots_TA = np.zeros((0, actions.num_slots), np.int64)
+    else:
+        slots_TA = actions.check_slots(episode.slots_TA, where=key)
+        if len(slots_TA) != episode.num_frames - 1:
+            raise FormatError(f"{key}: {len(slots_TA)} actions for {episode.num_frames} frames")
+    about = _about(
+        key, episode.split, episode.num_frames, latent_frames, episode.metadata, labelled=labelled
+    )
     return [
         (f"{key}.actions.npy", npy_bytes(slots_TA.astype(actions.slot_dtype))),
         (f"{key}.codes.npy", npy_bytes(codes_thw.astype(codes.dtype))),
@@ -375,8 +406,14 @@ def _members(
     ]
 
 
-def _about(
-    key: str, split: str, num_frames: int, latent_frames: int, metadata: Mapping[str, Any]
+def _about(  # noqa: PLR0913 - as many as a KEY.json has fields
+    key: str,
+    split: str,
+    num_frames: int,
+    latent_frames: int,
+    metadata: Mapping[str, Any],
+    *,
+    labelled: bool,
 ) -> bytes:
     """Return the content of KEY.json."""
     about = {
@@ -385,6 +422,7 @@ def _about(
         "num_frames": num_frames,
         "latent_frames": latent_frames,
         "metadata": dict(metadata),
+        **({} if labelled else {"labelled": False}),
     }
     return to_json(about).encode()
 
@@ -404,6 +442,7 @@ def _record(
         codes_bytes=codes_bytes,
         actions_offset=actions_offset,
         actions_bytes=actions_bytes,
+        labelled=episode.slots_TA is not None,
     )
 
 

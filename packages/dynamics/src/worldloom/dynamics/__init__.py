@@ -7,6 +7,9 @@ from worldloom.common import lazy_exports
 if TYPE_CHECKING:
     from .actions import NULL as NULL
     from .config import DynamicsConfig as DynamicsConfig
+    from .cost import Cost as Cost
+    from .cost import measured_times_s as measured_times_s
+    from .cost import training_cost as training_cost
     from .loading import open_held_out as open_held_out
     from .losses import cross_entropy as cross_entropy
     from .mixture import Mixture as Mixture
@@ -32,6 +35,7 @@ __getattr__, __dir__ = lazy_exports(
     {
         "actions": ("NULL",),
         "config": ("DynamicsConfig",),
+        "cost": ("Cost", "measured_times_s", "training_cost"),
         "loading": ("open_held_out",),
         "losses": ("cross_entropy",),
         "mixture": ("Mixture", "check_alike"),

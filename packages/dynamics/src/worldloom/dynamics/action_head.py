@@ -79,6 +79,8 @@ class ActionHead(nn.Module):
         self.first = nn.Embedding(cells, dim)
         self.cell = nn.Embedding(cells, dim)
         for table in (self.first, self.cell):
+            # Large: nothing else tells the gathering where a cell is. With 0.02 players whose rule
+            # looks at certain cells were known only after twice as many updates.
             nn.init.normal_(table.weight, std=0.5)
         self.code = CodeEmbedding(codebook_QVZ, dim)
         # There are many cells: the layer on each is a quarter as wide as the one after them.
@@ -226,7 +228,7 @@ class ActionHead(nn.Module):
             tokens_BfLD = self.symbols(context_BfD, rows_BfL)
         logits_BfLV = self.to_logits(tokens_BfLD)
         rows = self.rows_LX.expand(*logits_BfLV.shape[:2], -1, -1)
-        logits_BfLX = logits_BfLV.gather(-1, rows)
+        logits_BfLX: Tensor = logits_BfLV.gather(-1, rows)
         return logits_BfLX.masked_fill(self._impossible(symbols_BfL), -torch.inf)
 
     def _impossible(self, symbols_BfL: Tensor) -> Tensor:
@@ -265,7 +267,7 @@ class Symbols(nn.Module):
             depth=1,
             heads=num_heads,
             attn_dim_head=max(1, width // num_heads),
-            attn_flash=False,
+            attn_flash=False,  # slower than the plain one on sequences this short
             use_rmsnorm=True,
             ff_mult=ff_mult,
             ff_glu=True,

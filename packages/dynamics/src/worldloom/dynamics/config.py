@@ -104,6 +104,11 @@ class DynamicsConfig:
                 f"dynamics: context_frames is {self.context_frames}, must be at least 2: "
                 "a past and a present"
             )
+        if self.attention == "factorised" and self.num_layers < 2:
+            raise ConfigError(
+                "dynamics: attention factorised with one layer would never look along time: layers "
+                "take turns between space and time; choose at least 2"
+            )
         if self.order == "frame" and not self.previous_frame:
             raise ConfigError(
                 "dynamics: order frame with previous_frame off would feed no codes at all, since "

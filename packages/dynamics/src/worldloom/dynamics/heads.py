@@ -38,7 +38,7 @@ class CodeHead(nn.Module):
         self.model_to_latent = nn.Linear(dim, code_dim, bias=False)
         # Logits of about unit variance at the start, from tokens of unit variance.
         nn.init.normal_(self.model_to_latent.weight, std=dim**-0.5)
-        self.log_scale = nn.Parameter(torch.tensor(-0.5 * math.log(code_dim)))
+        self.log_scale = nn.Parameter(torch.tensor([-0.5 * math.log(code_dim)]))
         self.bias_V = nn.Parameter(torch.zeros(vocab_size)) if kind == "dot" else None
 
     def forward(self, tokens_BLD: Tensor, /) -> Tensor:
@@ -50,6 +50,7 @@ class CodeHead(nn.Module):
         products_BLV = latents_BLZ @ self.vectors_VZ.to(latents_BLZ.dtype).T
         scale = self.log_scale.exp()
         if self.bias_V is not None:
-            return scale * products_BLV + self.bias_V
-        # |z - e|^2 without |z|^2, which is the same for every code.
-        return scale * (2 * products_BLV - self.vectors_VZ.square().sum(-1))
+            logits_BLV = scale * products_BLV + self.bias_V
+        else:  # |z - e|^2 without |z|^2, which is the same for every code
+            logits_BLV = scale * (2 * products_BLV - self.vectors_VZ.square().sum(-1))
+        return logits_BLV

@@ -41,7 +41,7 @@ class KVCache:
         *,
         batch: int,
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype,
     ) -> Self:
         """Allocate the whole cache of a rollout."""
         length = config.num_meta_tokens + config.context_frames * grid.tokens

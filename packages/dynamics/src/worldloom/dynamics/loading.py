@@ -12,11 +12,16 @@ from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import Any
 
-from worldloom.common import ConfigError, TokenShards, fingerprint
+from worldloom.common import ActionSpec, ConfigError, TokenShards, fingerprint
 
 from .mixture import Mixture, check_alike, weights_of
+from .spec import DynamicsSpec
 from .training_config import StreamConfig
 from .windows import StoredWindows, Windows, WindowSource
+
+_CHECKED_BYTES = 1 << 26
+_CHECKED_EPISODES = 1 << 14
+"""As much as is read within a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +54,17 @@ class TrainingData:
             weights: one for each folder; None weighs latent frames alike, wherever they are.
             stream: where the tars are, if not in the folder.
 
+        What is small is checked whole here. Of large data every window is checked when it is read.
+
         Raises:
             ConfigError: if the weights do not fit, or several folders shall be streamed.
-            FormatError: if a split has nothing to predict.
+            FormatError: if a split has nothing to predict, or a code or an action cannot be one.
             MismatchError: if the folders do not speak the same codes and actions.
         """
         if not shards:
             raise ConfigError("shards: none are named; name at least one folder")
         check_alike(shards)
+        actions = DynamicsSpec.of(*shards).actions
         weighed = weights_of(shards, weights)
         pins = [_pin(one) for one in shards]
         settings: dict[str, Any] = {"shards": pins[0] if len(pins) == 1 else pins}
@@ -74,28 +82,56 @@ class TrainingData:
             windows = WindowStream(shards[0], "train", window_frames=window_frames, stream=stream)
             settings["stream"] = {"lanes": stream.lanes, "buffer_windows": stream.buffer_windows}
         else:
-            parts = [Windows(one, "train", window_frames=window_frames) for one in shards]
+            for one in shards:
+                _check_whole(one)
+            parts = [
+                Windows(one, "train", window_frames=window_frames, actions=actions)
+                for one in shards
+            ]
             windows = parts[0] if len(parts) == 1 else Mixture(parts, weighed)
         held_out = tuple(
-            open_held_out(one, window_frames=window_frames, stream=stream) for one in shards
+            open_held_out(one, window_frames=window_frames, stream=stream, actions=actions)
+            for one in shards
         )
         return cls(windows, held_out, weighed, settings)
 
 
 def open_held_out(
-    shards: TokenShards, /, *, window_frames: int, stream: StreamConfig | None = None
+    shards: TokenShards,
+    /,
+    *,
+    window_frames: int,
+    stream: StreamConfig | None = None,
+    actions: ActionSpec | None = None,
 ) -> WindowSource:
     """Return the windows on which a model of these shards is measured.
+
+    Args:
+        shards: one folder.
+        window_frames: latent frames per window, t, at least 2.
+        stream: where the tars are, if not in the folder.
+        actions: those of the model, where the shards have none; else None will do.
 
     Raises:
         FormatError: if the split has nothing to predict.
     """
     split = "validation" if shards.split("validation") else "train"
     if stream is None:
-        return Windows(shards, split, window_frames=window_frames)
+        return Windows(shards, split, window_frames=window_frames, actions=actions)
     from .streaming import KeptWindows
 
     return KeptWindows(shards, split, window_frames=window_frames, stream=stream)
+
+
+def _check_whole(shards: TokenShards) -> None:
+    """Refuse codes and actions that cannot be, where looking at all of them takes a moment."""
+    rows = shards.episodes
+    size_bytes = sum(row.codes_bytes + row.actions_bytes for row in rows)
+    if size_bytes > _CHECKED_BYTES or len(rows) > _CHECKED_EPISODES:
+        return
+    for episode in range(len(rows)):
+        shards.codes_thw(episode)
+        shards.slots_TA(episode)
 
 
 def _pin(shards: TokenShards) -> str:

@@ -25,14 +25,30 @@ def cross_entropy(logits_BfSV: Tensor, batch: WindowBatch, /) -> tuple[Tensor, i
         logits_BfSV: of frames 1 .. t-1, any float dtype; the sum is taken in float32.
         batch: the true codes, and which frames are real.
     """
-    # Padding is skipped by its label: picking the other rows would copy the logits.
-    nats = library_cross_entropy(
-        logits_BfSV.flatten(0, -2).float(),
-        _targets_BfN(batch).flatten(),
-        ignore_index=_IGNORED,
-        reduction="sum",
-    )
-    return nats, num_targets(batch)
+    return _summed_nats(logits_BfSV, batch), num_targets(batch)
+
+
+def code_losses(
+    logits_BfSV: Tensor, batch: WindowBatch, /, *, squares: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (cross-entropy in nats, squared log-denominators, codes right), each summed, float32.
+
+    Args:
+        logits_BfSV: of frames 1 .. t-1, any float dtype; sums are taken in float32.
+        batch: the true codes, and which frames are real.
+        squares: whether the squares are wanted; else they are 0.
+    """
+    right = num_right(logits_BfSV, batch)
+    if not squares:
+        nats = _summed_nats(logits_BfSV, batch)  # and no count, for which a GPU would have to wait
+        return nats, torch.zeros_like(nats), right
+    targets_L = _targets_BfN(batch).flatten()
+    logits_LV = logits_BfSV.flatten(0, -2).float()
+    nats_L = library_cross_entropy(logits_LV, targets_L, ignore_index=_IGNORED, reduction="none")
+    # log-denominator = nats + true logit: one softmax serves both.
+    true_L = logits_LV.gather(1, targets_L.clamp_min(0)[:, None])[:, 0]
+    log_denominators_L = torch.where(targets_L == _IGNORED, 0, nats_L + true_L)
+    return nats_L.sum(), log_denominators_L.square().sum(), right
 
 
 def num_right(logits_BfSV: Tensor, batch: WindowBatch, /) -> Tensor:
@@ -43,6 +59,17 @@ def num_right(logits_BfSV: Tensor, batch: WindowBatch, /) -> Tensor:
 def num_targets(batch: WindowBatch, /) -> int:
     """Return how many codes count: those of the real frames after the first."""
     return int(batch.valid_Bt[:, 1:].sum()) * math.prod(batch.codes_Bthw.shape[2:])
+
+
+def _summed_nats(logits_BfSV: Tensor, batch: WindowBatch) -> Tensor:
+    """Return the cross-entropy of the codes that count, summed."""
+    # Padding is skipped by its label: picking the other rows would copy the logits.
+    return library_cross_entropy(
+        logits_BfSV.flatten(0, -2).float(),
+        _targets_BfN(batch).flatten(),
+        ignore_index=_IGNORED,
+        reduction="sum",
+    )
 
 
 def _targets_BfN(batch: WindowBatch) -> Tensor:

@@ -4,11 +4,13 @@
 
 Which data set a row comes from, and which window of it, is a pure function of (seed, i, row):
 resuming needs i, processes take their rows of the same batch, and no data set is ever through
-before the others, however much larger these are. All must speak the same codes and actions.
+before the others, however much larger these are. All must speak the same codes and actions; only
+video without actions goes together with any one kind of them.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,7 +70,7 @@ class Mixture:
         stored = StoredWindows(
             len(chosen_B),
             codes=first.shards.codes,
-            actions=first.shards.actions,
+            actions=first.actions,
             window_frames=first.window_frames,
         )
         for which, part in enumerate(self.parts):
@@ -131,14 +133,20 @@ def weights_of(
 def check_alike(shards: Sequence[TokenShards], /) -> None:
     """Refuse data sets of which one model could not learn.
 
+    Video without actions goes together with any one kind of them: its windows have no known action.
+
     Raises:
         MismatchError: naming what differs, and both folders.
     """
-    first, *others = shards
-    for other in others:
+    first = next((one for one in shards if one.actions.kind != "none"), shards[0])
+    wanted = DynamicsSpec.of(first).to_dict()
+    for other in shards:
         here, there = str(first.folder), str(other.folder)
         first.tokenizer.require(other.tokenizer, here=here, there=there)
-        wanted, found = DynamicsSpec.of(first).to_dict(), DynamicsSpec.of(other).to_dict()
+        # Of video without actions everything but these must be the same.
+        silent = other.actions.kind == "none"
+        theirs = DynamicsSpec.of(other)
+        found = (replace(theirs, actions=first.actions) if silent else theirs).to_dict()
         if wanted != found:
             raise MismatchError(
                 f"{there}: cannot be mixed with {here}, from which it differs in "

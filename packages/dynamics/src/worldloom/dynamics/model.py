@@ -41,36 +41,12 @@ from .code_embedding import CodeEmbedding
 from .config import DynamicsConfig
 from .heads import CodeHead
 from .kv_cache import KVCache
+from .layout import Layout
 from .level_head import LevelHead
 from .meta_tokens import MetaTokens
-from .positions import (
-    Axes,
-    Rotary,
-    Rotation,
-    every,
-    in_space,
-    in_time,
-    join,
-    no_place,
-    nowhere_in_space,
-)
-from .sequence import (
-    Grid,
-    flatten_codes,
-    shift_before,
-    shift_beside,
-    sight_mask,
-    space_mask,
-    time_mask,
-)
-from .sight import (
-    FactorisedFrameCache,
-    FactorisedWindow,
-    FrameCache,
-    MetaCache,
-    Sight,
-    Window,
-)
+from .positions import Rotation
+from .sequence import Grid, flatten_codes, shift_before, shift_beside
+from .sight import MetaCache
 from .spec import DynamicsSpec
 from .transformer import Transformer
 
@@ -132,7 +108,7 @@ class DynamicsModel(nn.Module):
             config.order,
             lead=self.steps_per_frame if prepended else 0,
         )
-        self.axes = Axes.of(config.dim // config.num_heads, config.positions)
+        self.layout = Layout(config, self.grid)
         codebook_QVZ = _codebook_QVZ(codebook_VZ, codes)
         with library_seed(seed, "dynamics-weights"):
             self.meta = MetaTokens(config.num_meta_tokens, config.dim)
@@ -140,7 +116,7 @@ class DynamicsModel(nn.Module):
             self.beside = CodeEmbedding(codebook_QVZ, config.dim) if self.grid.beside else None
             self.cell = nn.Embedding(self.grid.cells, config.dim) if config.cell_embedding else None
             if self.cell is not None:
-                nn.init.normal_(self.cell.weight, std=0.5)
+                nn.init.normal_(self.cell.weight, std=0.02)
             self.actions = ActionEmbedding(spec.actions, steps=self.steps_per_frame, dim=config.dim)
             self.transformer = Transformer(config)
             self.head = CodeHead(config.head, codebook_QVZ[0], dim=config.dim)
@@ -163,13 +139,11 @@ class DynamicsModel(nn.Module):
                 if config.action_head and spec.actions.num_slots > 0
                 else None
             )
-        self._add_frame_constants()
-        self._kept: tuple[tuple[int, torch.device], tuple[Rotation, Sight]] | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.own_TT.device
+        return self.layout.device
 
     def forward(
         self, codes_Bthw: Tensor, slots_BTA: Tensor, /, *, inputs_Bthw: Tensor | None = None
@@ -213,11 +187,12 @@ class DynamicsModel(nn.Module):
         if first == 0:  # no action leads to frame 0
             parts.append(self._feed(fed_BtSQ[:, :1], before_BtSQ[:, :1], None))
         parts.append(self._feed(fed_BtSQ[:, 1:], before_BtSQ[:, 1:], slots_BfrA))
-        turn, sight = self._window_constants(frames)
+        turn, sight = self.layout.window(frames)
         out_BLD = self.transformer(torch.cat(parts, dim=1), turn, sight)
         skip = self.config.num_meta_tokens + (1 - first) * self.grid.tokens
         out_BfTD = rearrange(out_BLD[:, skip:], "B (f T) D -> B f T D", T=self.grid.tokens)
-        return out_BfTD[:, :, self.grid.lead :]
+        cells_BfSD: Tensor = out_BfTD[:, :, self.grid.lead :]
+        return cells_BfSD
 
     def logits(self, tokens_BfSD: Tensor, codes_Bthw: Tensor, /) -> Tensor:
         """Return logits_BfSV, or logits_BfSQV, of tokens from `tokens`.
@@ -233,15 +208,14 @@ class DynamicsModel(nn.Module):
         ]
         return levels[0] if len(levels) == 1 else torch.stack(levels, dim=3)
 
-    def start_cache(self, *, batch: int, dtype: torch.dtype = torch.float32) -> KVCache:
-        """Return a rollout's cache that holds the meta tokens and no frame yet."""
+    def start_cache(self, *, batch: int) -> KVCache:
+        """Return a rollout's cache, of the weights' type: the meta tokens and no frame yet."""
+        dtype = self.meta.tokens_MD.dtype
         cache = KVCache.allocate(
             self.config, self.grid, batch=batch, device=self.device, dtype=dtype
         )
-        num_meta = self.config.num_meta_tokens
-        if num_meta:
-            turn = no_place(num_meta, self.axes).rotation().to(self.device)
-            self.transformer(self.meta(batch), turn, MetaCache(cache))
+        if self.config.num_meta_tokens:
+            self.transformer(self.meta(batch), self.layout.meta(), MetaCache(cache))
         return cache
 
     def open_frame(
@@ -259,15 +233,7 @@ class DynamicsModel(nn.Module):
             before_BSQ = torch.full_like(before_BSQ, self.spec.tokenizer.codes.vocab_size)
         slots_BfrA = None if slots_BrA is None else slots_BrA[:, None]
         fed_BTD = self._feed_but_beside(before_BSQ[:, None], slots_BfrA)[:, 0]
-        now = in_time(torch.tensor([frame]), self.axes).to(self.device)
-        turn = every(now, Rotary(self.space_cos, self.space_sin)).rotation()
-        mask_TM = None
-        if self.config.attention == "full" and not self._sees_whole_frame:
-            # What lies in the frame's place behind the cells decided so far is left over from the
-            # frame that slid out.
-            shape = (self.grid.tokens, cache.visible(frame))
-            mask_TM = torch.ones(shape, dtype=torch.bool, device=self.device)
-            mask_TM[:, cache.places(frame, 0, self.grid.tokens)] = self.own_TT
+        turn, mask_TM = self.layout.frame(frame, cache)
         return OpenFrame(frame, before_BSQ, fed_BTD, turn, mask_TM, cache)
 
     def cached_tokens(self, there: OpenFrame, cells: slice, codes_BSQ: Tensor, /) -> Tensor:
@@ -287,9 +253,8 @@ class DynamicsModel(nn.Module):
             beside_BSQ = shift_beside(codes_BSQ, there.before_BSQ, self.grid)
             beside_BsD = self.beside(beside_BSQ[:, cells])
             tokens_BLD = torch.cat([tokens_BLD[:, :lead], tokens_BLD[:, lead:] + beside_BsD], dim=1)
-        out_BLD: Tensor = self.transformer(
-            tokens_BLD, there.turn.of(span), self._frame_sight(there, span)
-        )
+        sight = self.layout.in_frame(there.frame, span, there.mask_TM, there.cache)
+        out_BLD: Tensor = self.transformer(tokens_BLD, there.turn.of(span), sight)
         return out_BLD[:, lead:]
 
     def level_logits(self, tokens_BLD: Tensor, below_BLq: Tensor, /) -> Tensor:
@@ -334,7 +299,8 @@ class DynamicsModel(nn.Module):
         are null.
         """
         batch, frames, cells, _ = before_BfSQ.shape
-        fed_BfSD = torch.zeros(batch, frames, cells, self.config.dim, device=self.device)
+        shape = (batch, frames, cells, self.config.dim)
+        fed_BfSD = self.meta.tokens_MD.new_zeros(shape)
         if self.before is not None:
             fed_BfSD = self.before(before_BfSQ)
         if self.cell is not None:
@@ -347,57 +313,6 @@ class DynamicsModel(nn.Module):
         if slots_BfrA is not None:
             fed_BfSD = fed_BfSD + self.actions(slots_BfrA).sum(2)[:, :, None]
         return fed_BfSD
-
-    def _frame_sight(self, there: OpenFrame, span: slice) -> Sight:
-        """Return what some tokens of an open frame see."""
-        if self.config.attention == "factorised":
-            return FactorisedFrameCache(
-                there.cache, there.frame, span.start, span.stop,
-                own_LT=self.own_TT[span], frame_before=self.grid.beside > 0,
-            )  # fmt: skip
-        mask_LM = None if there.mask_TM is None else there.mask_TM[span]
-        return FrameCache(there.cache, there.frame, span.start, span.stop, mask_LM)
-
-    def _window_constants(self, frames: int) -> tuple[Rotation, Sight]:
-        """Return rotation and sight of a window of latent frames; those of the last are kept."""
-        key = (frames, self.device)
-        if self._kept is None or self._kept[0] != key:
-            # Made while generating, they may be needed for training: not as inference tensors.
-            with torch.inference_mode(mode=False):
-                self._kept = (key, self._make_window_constants(frames))
-        return self._kept[1]
-
-    def _make_window_constants(self, frames: int) -> tuple[Rotation, Sight]:
-        """Return rotation and sight of a window, meta tokens first."""
-        grid, context_frames = self.grid, self.config.context_frames
-        num_meta, device = self.config.num_meta_tokens, self.device
-        frames_f = torch.arange(grid.first_frame, frames)
-        now_f = in_time(frames_f, self.axes)
-        turn = join(no_place(num_meta, self.axes), every(now_f, self._space_rotary()))
-        count = {"frames": len(frames_f), "num_meta": num_meta}
-        if self.config.attention == "factorised":
-            within = space_mask(grid, **count).to(device)
-            along = time_mask(context_frames=context_frames, **count).to(device)
-            return turn.rotation().to(device), FactorisedWindow(num_meta, within, along)
-        mask_LL = sight_mask(grid, context_frames=context_frames, **count).to(device)
-        return turn.rotation().to(device), Window(mask_LL)
-
-    def _space_rotary(self) -> Rotary:
-        """Return the part of the rotation of a frame's tokens that is the same in every frame."""
-        return join(
-            nowhere_in_space(self.grid.lead, self.axes), in_space(*self.grid.places(), self.axes)
-        )
-
-    def _add_frame_constants(self) -> None:
-        """Keep what of a frame's rotation and mask is the same in every frame."""
-        space_T, own_TT = self._space_rotary(), self.grid.own_sight()
-        self.register_buffer("space_cos", space_T.cos, persistent=False)
-        self.register_buffer("space_sin", space_T.sin, persistent=False)
-        self.register_buffer("own_TT", own_TT, persistent=False)
-        self.space_cos: Tensor
-        self.space_sin: Tensor
-        self.own_TT: Tensor
-        self._sees_whole_frame = bool(own_TT.all())
 
     def save(self, folder: Path, /, *, card: str) -> None:
         """Write a model directory that `from_pretrained` reads."""

@@ -2,8 +2,8 @@
 
     frames_f, space_T  ->  Rotary (cos, sin) of (f * T, K/2)  ->  Rotation  ->  rotate
 
-A share of every head's channel pairs turns with the latent frame, the rest with row and column;
-or all with the latent frame (`Axes`). Time is the frame's index in the video, the same in training,
+A share of every head's channel pairs turns with the latent frame, the rest with row and column, or
+not at all (`Axes`). Time is the frame's index in the video, the same in training,
 in cached sampling and after the window has slid: attention sees differences only. Angles are
 computed in float64, or frame 5,000 would be blurred by rounding, and on the CPU, since not every
 device has float64.
@@ -35,12 +35,14 @@ class Axes:
     """Pairs that turn with the latent frame."""
     space: int
     """Pairs that turn with the row, and as many with the column."""
+    grid: bool
+    """Whether they do; else they are the same everywhere, and stay free for content."""
 
     @classmethod
     def of(cls, head_dim: int, positions: Positions, /) -> "Axes":
         """Return those of a head of width K = head_dim, which is even."""
-        space = 0 if positions == "time" else head_dim // 2 * 3 // 10
-        return cls(time=head_dim // 2 - 2 * space, space=space)
+        space = head_dim // 2 * 3 // 10
+        return cls(time=head_dim // 2 - 2 * space, space=space, grid=positions == "axial")
 
 
 class Rotary(NamedTuple):
@@ -82,13 +84,14 @@ def in_time(frames_L: Tensor, axes: Axes, /) -> Rotary:
 
 def in_space(rows_L: Tensor, columns_L: Tensor, axes: Axes, /) -> Rotary:
     """Return the part of the rotation that row and column decide."""
-    return beside(_turns(rows_L, axes.space), _turns(columns_L, axes.space))
+    turned = 1 if axes.grid else 0
+    return beside(_turns(turned * rows_L, axes.space), _turns(turned * columns_L, axes.space))
 
 
 def nowhere_in_space(num_tokens: int, axes: Axes, /) -> Rotary:
     """Return that part for tokens that belong to a frame and to no cell of it."""
     zeros = torch.zeros(num_tokens, 2 * axes.space)
-    return Rotary(zeros, zeros)
+    return Rotary(zeros if axes.grid else torch.ones_like(zeros), zeros)
 
 
 def no_place(num_tokens: int, axes: Axes, /) -> Rotary:

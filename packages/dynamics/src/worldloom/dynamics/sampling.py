@@ -50,16 +50,20 @@ def keyed_gumbel(
     return -torch.log(-torch.log(uniform))
 
 
-def sample_codes(logits_BsV: Tensor, noise_BsV: Tensor, sampling: SamplingConfig, /) -> Tensor:
+def sample_codes(
+    logits_BsV: Tensor, noise_BsV: Tensor | None, sampling: SamplingConfig, /
+) -> Tensor:
     """Return codes_Bs, int64 in [0, V).
 
     Args:
         logits_BsV: unnormalised log-probabilities, any float dtype.
-        noise_BsV: standard Gumbel noise from `keyed_gumbel`.
-        sampling: temperature 0 takes the likeliest code and ignores the noise.
+        noise_BsV: standard Gumbel noise from `keyed_gumbel`; temperature 0 needs none.
+        sampling: temperature 0 takes the likeliest code and ignores the noise. Guidance and the
+            decoder are no matter of one draw.
     """
     if sampling.temperature == 0:
         return logits_BsV.argmax(-1)
+    assert noise_BsV is not None
     logits_BsV = logits_BsV.float()
     # Log-probabilities up to a constant: the likeliest code has 0, so that nothing can overflow.
     logits_BsV = logits_BsV - logits_BsV.amax(-1, keepdim=True)
@@ -69,6 +73,9 @@ def sample_codes(logits_BsV: Tensor, noise_BsV: Tensor, sampling: SamplingConfig
         scores_BsV = scores_BsV.masked_fill(logits_BsV < math.log(sampling.min_p), -torch.inf)
     if sampling.top_p < 1:
         scores_BsV = scores_BsV.masked_fill(~_nucleus(logits_BsV, sampling.top_p), -torch.inf)
+    if 0 < sampling.top_k < logits_BsV.shape[-1]:
+        least_Bs1 = logits_BsV.topk(sampling.top_k).values[..., -1:]
+        scores_BsV = scores_BsV.masked_fill(logits_BsV < least_Bs1, -torch.inf)
     return scores_BsV.argmax(-1)
 
 

@@ -1,30 +1,64 @@
 """How codes are drawn from a model. Needs no torch."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from worldloom.common import ConfigError
+
+DecoderName = Literal["jacobi", "raster", "auto"]
+"""In which forwards the cells of a latent frame are decided; the codes are the same.
+
+    jacobi  many groups at once, from a guess: few forwards
+    raster  group by group, in the model's order: the reference
+    auto    the one that a short measurement finds fastest on this device
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
-    """How codes are drawn from the model's logits."""
+    """How codes are drawn from the model's logits. All of it may change between frames."""
 
     temperature: float = 0.5
     """Divides the logits; 0 takes the likeliest code."""
     min_p: float = 0.1
     """Drop codes less likely than this share of the likeliest (arXiv:2407.01082); 0 keeps all."""
     top_p: float = 1.0
-    """Keep the fewest codes whose probabilities sum to this (arXiv:1904.09751); 1 keeps all.
+    """Keep the fewest codes whose probabilities sum to this (arXiv:1904.09751); 1 keeps all."""
+    top_k: int = 0
+    """Keep this many of the likeliest codes, and what ties with the last of them; 0 keeps all.
 
-    A code must pass both: each looks at the whole distribution after the temperature."""
+    A code must pass all three: each looks at the whole distribution after the temperature."""
+    guidance_scale: float = 1.0
+    """How far to go from what the model expects without actions to what it expects with them, and
+    on (arXiv:2207.12598): above 1 actions count for more, 1 is off, 0 ignores them. Needs a model
+    that was trained with `action_dropout`."""
+    parallel_keep_frac: float = 1.0
+    """How much guidance keeps of its part that only makes the model surer of what it expects
+    anyway (arXiv:2410.02416); 1 is plain guidance, 0 leaves what points elsewhere."""
+    decoder: DecoderName = "jacobi"
+    """In which forwards a frame is decided: jacobi, raster or auto. The codes are the same."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their ranges."""
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(
-                f"sampling: temperature is {self.temperature}, must be a number, 0 or more"
-            )
-        if not 0 <= self.min_p <= 1:
-            raise ConfigError(f"sampling: min_p is {self.min_p}, must be in [0, 1]")
+        for name in ("temperature", "guidance_scale"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"sampling: {name} is {value}, must be a number, 0 or more")
+        for name in ("min_p", "parallel_keep_frac"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigError(f"sampling: {name} is {value}, must be in [0, 1]")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"sampling: top_p is {self.top_p}, must be in (0, 1]")
+        if not (self.top_k >= 0 and self.top_k % 1 == 0):
+            raise ConfigError(
+                f"sampling: top_k is {self.top_k}, must be a number of codes, or 0 for all"
+            )
+        if self.decoder not in get_args(DecoderName):
+            known = ", ".join(get_args(DecoderName))
+            raise ConfigError(f"sampling: decoder is {self.decoder!r:.40}, must be one of {known}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether what the model expects without actions is asked for, too."""
+        return self.guidance_scale != 1

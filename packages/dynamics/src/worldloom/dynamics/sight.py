@@ -19,8 +19,7 @@ from typing import Protocol
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.functional import scaled_dot_product_attention as attend
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .kv_cache import KVCache
 
@@ -42,7 +41,7 @@ class Window:
 
     def seen(self, layer: int, query: Tensor, key: Tensor, value: Tensor, /) -> Tensor:
         """Return seen_BNLK."""
-        return attend(query, key, value, attn_mask=self.mask_LL)
+        return _attend(query, key, value, self.mask_LL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +57,16 @@ class FactorisedWindow:
     def seen(self, layer: int, query: Tensor, key: Tensor, value: Tensor, /) -> Tensor:
         """Return seen_BNLK."""
         meta, frames = self.num_meta, len(self.time_mask)
-        mine = [part[:, :, meta:].unflatten(2, (frames, -1)) for part in (query, key, value)]
+        mine = [
+            rearrange(part[:, :, meta:], "B N (f T) K -> B N f T K", f=frames)
+            for part in (query, key, value)
+        ]
         sinks = [part[:, :, :meta] for part in (key, value)]
         look = self._along_time if layer % 2 else self._within_frames
         found = look(mine, sinks).flatten(2, 3)
         if not meta:
             return found
-        among = attend(query[:, :, :meta], *sinks)
+        among = _attend(query[:, :, :meta], sinks[0], sinks[1])
         return torch.cat([among, found], dim=2)
 
     def _within_frames(self, mine: list[Tensor], sinks: list[Tensor]) -> Tensor:
@@ -72,25 +74,28 @@ class FactorisedWindow:
         query, key, value = mine
         batch, _, frames, tokens, _ = query.shape
         both = self.space_mask.shape[-1] > self.num_meta + tokens
-        each = [_fold_frames(query)]
+        seen = []
         for part, sink in zip((key, value), sinks, strict=True):
             own = _fold_frames(part)
             if both:
                 before = _fold_frames(pad(part[:, :, :-1], (0, 0, 0, 0, 1, 0)))
                 own = torch.cat([before, own], dim=2)
             sinks_ = repeat(sink, "B N M K -> (B f) N M K", f=frames)
-            each.append(torch.cat([sinks_, own], dim=2))
+            seen.append(torch.cat([sinks_, own], dim=2))
         mask = self.space_mask.repeat(batch, 1, 1, 1)
-        return rearrange(attend(*each, attn_mask=mask), "(B f) N T K -> B N f T K", f=frames)
+        found = _attend(_fold_frames(query), seen[0], seen[1], mask)
+        return rearrange(found, "(B f) N T K -> B N f T K", f=frames)
 
     def _along_time(self, mine: list[Tensor], sinks: list[Tensor]) -> Tensor:
         """Return (B, N, f, T, K) of tokens that see themselves in earlier frames."""
         tokens = mine[0].shape[3]
-        each = [rearrange(part, "B N f T K -> (B T) N f K") for part in mine]
-        for number, sink in enumerate(sinks, start=1):
-            sinks_ = repeat(sink, "B N M K -> (B T) N M K", T=tokens)
-            each[number] = torch.cat([sinks_, each[number]], dim=2)
-        found = attend(*each, attn_mask=self.time_mask)
+        queries, keys, values = (rearrange(part, "B N f T K -> (B T) N f K") for part in mine)
+        sink_keys, sink_values = (
+            repeat(sink, "B N M K -> (B T) N M K", T=tokens) for sink in sinks
+        )
+        keys = torch.cat([sink_keys, keys], dim=2)
+        values = torch.cat([sink_values, values], dim=2)
+        found = _attend(queries, keys, values, self.time_mask)
         return rearrange(found, "(B T) N f K -> B N f T K", T=tokens)
 
 
@@ -103,7 +108,7 @@ class MetaCache:
     def seen(self, layer: int, query: Tensor, key: Tensor, value: Tensor, /) -> Tensor:
         """Put the keys into the cache; return seen_BNLK."""
         _put(self.cache, layer, slice(0, self.cache.num_meta), key, value)
-        return attend(query, key, value)
+        return _attend(query, key, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,7 @@ class FrameCache:
         _put(cache, layer, cache.places(self.frame, self.start, self.stop), key, value)
         visible = cache.visible(self.frame)
         keys, values = cache.keys[layer, :, :, :visible], cache.values[layer, :, :, :visible]
-        return attend(query, keys, values, attn_mask=self.mask_LM)
+        return _attend(query, keys, values, self.mask_LM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +163,7 @@ class FactorisedFrameCache:
             torch.cat([part[:, :, place] for place in places], dim=2) for part in (keys, values)
         )
         others = keys.shape[2] - cache.frame_tokens
-        return attend(query, keys, values, attn_mask=pad(self.own_LT, (others, 0), value=True))
+        return _attend(query, keys, values, pad(self.own_LT, (others, 0), value=True))
 
     def _along_time(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Return seen_BNLK of tokens that see themselves in earlier frames."""
@@ -166,13 +171,19 @@ class FactorisedFrameCache:
         frames = cache.frames(self.frame)
         each = [rearrange(query, "B N L K -> (B L) N 1 K")]
         for part in (keys, values):
-            ring = part[:, :, meta:].unflatten(2, (cache.context_frames, cache.frame_tokens))
+            ring = rearrange(part[:, :, meta:], "B N (f T) K -> B N f T K", T=cache.frame_tokens)
             mine = rearrange(
                 ring[:, :, :frames, self.start : self.stop], "B N f L K -> (B L) N f K"
             )
             sinks = repeat(part[:, :, :meta], "B N M K -> (B L) N M K", L=tokens)
             each.append(torch.cat([sinks, mine], dim=2))
-        return rearrange(attend(*each), "(B L) N 1 K -> B N L K", L=tokens)
+        return rearrange(_attend(*each), "(B L) N 1 K -> B N L K", L=tokens)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return softmax(Q K^T / sqrt(K)) V; keys of a cache may be of another type than queries."""
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def _fold_frames(part: Tensor) -> Tensor:

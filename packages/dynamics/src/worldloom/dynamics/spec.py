@@ -25,13 +25,18 @@ class DynamicsSpec:
     """Game frames per pixel frame; 0 if it does not matter."""
 
     @classmethod
-    def of(cls, shards: TokenShards, /) -> Self:
-        """Return the spec of a model that is trained on these shards."""
+    def of(cls, shards: TokenShards, /, *others: TokenShards) -> Self:
+        """Return the spec of a model that is trained on these shards.
+
+        Of several folders that `check_alike` has passed, those with actions say what they are.
+        """
+        every = (shards, *others)
+        first = next((one for one in every if one.actions.kind != "none"), shards)
         return cls(
-            tokenizer=shards.tokenizer,
-            actions=shards.actions,
-            fps=shards.fps,
-            frame_skip=shards.frame_skip,
+            tokenizer=first.tokenizer,
+            actions=first.actions,
+            fps=first.fps,
+            frame_skip=first.frame_skip,
         )
 
     def to_dict(self) -> dict[str, Any]:

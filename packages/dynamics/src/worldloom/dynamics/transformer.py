@@ -2,16 +2,18 @@
 
     tokens_BLD, rotation, what may be seen  ->  tokens_BLD
 
-The feed-forward layers and the residual streams are x-transformers'. The attention beside them is
-ours, because x-transformers' cache grows by concatenation, is causal only and takes no mask, while
-ours is written in place (kv_cache.py) and sees what the order says (sight.py). Queries and keys are
+The feed-forward layers are x-transformers'. The attention beside them is ours, because
+x-transformers' cache grows by concatenation, is causal only and takes no mask, while ours is
+written in place (kv_cache.py) and sees what the order says (sight.py). Queries and keys are
 normalised per head (arXiv:2302.05442), and values mix with the first layer's by a learned share
-(value residual, arXiv:2410.17897), which is free.
+(value residual, arXiv:2410.17897), which is free. There may be several residual streams
+(hyper_connection.py).
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import DynamicsConfig
+from .hyper_connection import HyperConnection
 from .positions import Rotation, rotate
 from .sight import Sight
 
@@ -26,7 +29,7 @@ with warnings.catch_warnings():
     # x-transformers 2.31 scripts a function on import, which torch 2.15 warns of; a person who
     # trains can do nothing about it. Remove when x-transformers stops.
     warnings.simplefilter("ignore", FutureWarning)
-    from x_transformers.x_transformers import FeedForward, HyperConnection
+    from x_transformers.x_transformers import FeedForward
 
 
 class Attention(nn.Module):
@@ -104,9 +107,7 @@ class Layer(nn.Module):
         if config.residual_streams > 1:
             self.streams = nn.ModuleList(
                 HyperConnection(
-                    config.dim,
-                    layer_index=2 * index + half,
-                    num_residual_streams=config.residual_streams,
+                    config.dim, index=2 * index + half, num_streams=config.residual_streams
                 )
                 for half in range(2)
             )
@@ -116,11 +117,12 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return tokens_BLD after the layer, and the first layer's values_BLNK.
 
-        With several streams, (B * streams, L, D) goes in and comes out.
+        With several streams, tokens_BLsD go in and come out.
         """
         values: list[Tensor] = []
 
         def attend(tokens_BLD: Tensor) -> Tensor:
+            added_BLD: Tensor
             added_BLD, value = self.attention(tokens_BLD, turn, sight, first_values)
             values.append(value)
             return added_BLD
@@ -133,10 +135,8 @@ class Layer(nn.Module):
         """Return the residual stream, or streams, after a branch."""
         if self.streams is None:
             return tokens_BLD + branch(tokens_BLD)
-        connection = self.streams[half]
-        branch_BLD, streams_BLsD, weights = connection.prepare(tokens_BLD)
-        added: Tensor = connection(branch(branch_BLD), streams_BLsD, **weights)
-        return added
+        tokens_BLsD: Tensor = self.streams[half](tokens_BLD, branch)
+        return tokens_BLsD
 
 
 class Transformer(nn.Module):
@@ -154,23 +154,13 @@ class Transformer(nn.Module):
         """Return tokens_BLD after all layers and the last norm."""
         recompute = self.recompute and torch.is_grad_enabled()
         if self.num_streams > 1:
-            tokens_BLD = repeat(tokens_BLD, "B L D -> (B s) L D", s=self.num_streams)
+            tokens_BLD = repeat(tokens_BLD, "B L D -> B L s D", s=self.num_streams)
         first_values: Tensor | None = None
         for layer in self.layers:
-            if recompute:
-                tokens_BLD, first_values = checkpoint(
-                    layer, tokens_BLD, turn, sight, first_values, use_reentrant=False
-                )
-            else:
-                tokens_BLD, first_values = layer(tokens_BLD, turn, sight, first_values)
+            state = (tokens_BLD, turn, sight, first_values)
+            run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
+            tokens_BLD, first_values = run(*state)
         if self.num_streams > 1:
-            tokens_BLD = reduce(tokens_BLD, "(B s) L D -> B L D", "sum", s=self.num_streams)
+            tokens_BLD = reduce(tokens_BLD, "B L s D -> B L D", "sum")
         out_BLD: Tensor = self.norm(tokens_BLD)
         return out_BLD
-
-    def hidden_matrices(self) -> Iterator[nn.Parameter]:
-        """Yield the matrices between hidden vectors: what Muon is for."""
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            for part in (layer.attention, layer.feed_forward):
-                yield from (p for p in part.parameters() if p.ndim == 2)

@@ -5,7 +5,7 @@
 No window crosses the border of an episode. Batch i depends on nothing but (seed, i), so resuming
 needs one number, and with several processes each takes its rows of the same batch: every window
 exactly once. Episodes shorter than a window are padded behind, and `valid_Bt` says which latent
-frames are real.
+frames are real. Where nobody knows the actions of an episode, every slot of its windows is NULL.
 
 The codes are mapped from the tar where they lie (common/shard_reader.py): reading a window is a
 slice. They stay in the small type of the file (`StoredWindows`) until they are on the device:
@@ -40,7 +40,8 @@ class WindowBatch:
     codes_Bthw: Tensor
     """int64, with a last axis Q where cells have levels; padding is code 0 and not valid."""
     slots_BTA: Tensor
-    """int64 slots of the r (t - 1) steps between the latent frames; padding is NULL."""
+    """int64 slots of the r (t - 1) steps between the latent frames; NULL where no action is known,
+    and in padding."""
     valid_Bt: Tensor
     """True where the latent frame is one of the episode."""
 
@@ -69,10 +70,11 @@ class StoredWindows:
         self.valid_Bt = np.zeros((num_rows, window_frames), bool)
 
     def put(self, row: int, codes_thw: CodeArray, slots_TA: SlotArray, /) -> None:
-        """Copy one window into a row; it may be shorter than the row."""
+        """Copy one window into a row; it may be shorter than the row, and without actions."""
         frames = len(codes_thw)
         self.codes_Bthw[row, :frames] = codes_thw
-        self.slots_BTA[row, : len(slots_TA)] = slots_TA
+        if slots_TA.size:  # of shards without actions they have no slots at all
+            self.slots_BTA[row, : len(slots_TA)] = slots_TA
         self.valid_Bt[row, :frames] = True
 
     def repeated(self, rows: npt.NDArray[np.int64], /) -> Self:
@@ -126,13 +128,23 @@ class WindowSource(Protocol):
 class Windows:
     """Windows of one split of a folder of token shards."""
 
-    def __init__(self, shards: TokenShards, split: str, /, *, window_frames: int) -> None:
+    def __init__(
+        self,
+        shards: TokenShards,
+        split: str,
+        /,
+        *,
+        window_frames: int,
+        actions: ActionSpec | None = None,
+    ) -> None:
         """Index the split.
 
         Args:
             shards: codes and actions.
             split: "train" or "validation".
             window_frames: latent frames per window, t, at least 2.
+            actions: those of the model; None takes the shards' own. Others only for shards that
+                have none (`DynamicsSpec.of`): their windows then have NULL in every slot.
 
         Raises:
             FormatError: if no episode of the split has two latent frames.
@@ -140,6 +152,7 @@ class Windows:
         """
         self.shards = shards
         self.window_frames = window_frames
+        self.actions = shards.actions if actions is None else actions
         self._episodes = np.array(episodes_of(shards, split, window_frames=window_frames))
         lengths = np.array([shards.episodes[i].latent_frames for i in self._episodes])
         self.latent_frames = int(lengths.sum())
@@ -229,7 +242,7 @@ class Windows:
         stored = StoredWindows(
             len(numbers),
             codes=self.shards.codes,
-            actions=self.shards.actions,
+            actions=self.actions,
             window_frames=self.window_frames,
         )
         self.put(stored, np.arange(len(numbers)), numbers)

@@ -243,14 +243,20 @@ def align_rows(
 
 def actions_between(
     cells: Cells | None, spec: ActionSpec, num_frames: int, /, *, alignment: ActionRows
-) -> ActionArray:
-    """Return the T - 1 raw actions between the frames of a recording; None has no actions.
+) -> ActionArray | None:
+    """Return the T - 1 raw actions between the frames; None where nobody knows them.
+
+    Args:
+        cells: what stands in the recording's file of actions; None where there is none.
+        spec: of the actions of all recordings.
+        num_frames: T.
+        alignment: beside which frame a row stands.
 
     Raises:
         FormatError: if there is another number of rows, or a value is not one of the spec's.
     """
     if cells is None:
-        return np.zeros((num_frames - 1, 0), np.int64)
+        return np.zeros((num_frames - 1, 0), np.int64) if spec.kind == "none" else None
     return align_rows(to_raw(cells, spec), num_frames, alignment, where=cells.where)
 
 

@@ -3,7 +3,8 @@
     NAME.npz: frames [T, H, W, 3], actions, rewards  ->  open_source  ->  Source
 
 Action i leads from frame i to frame i + 1, or led to frame i, as `--actions.alignment` says; the
-rewards stand beside the actions. Where the first file has no actions, none has any.
+rewards stand beside the actions. Where no file has actions, they are arrays without; where some
+have none, `--actions.missing` says what becomes of those.
 """
 
 from collections.abc import Iterator, Mapping
@@ -77,11 +78,17 @@ class ArraysSource:
         return combine_actions(self.actions, raw, frame_skip)
 
     @property
+    def _wants_actions(self) -> bool:
+        """Whether a file without actions is a bad one."""
+        return self.actions.kind != "none" and self.settings.actions.missing == "refuse"
+
+    @property
     def about(self) -> Mapping[str, Any]:
         """Which arrays were read."""
         names = self.settings.npz
         read = {"frames": names.frames, "actions": names.actions, "rewards": names.rewards}
-        return {"arrays": read}
+        missing = self.settings.actions.missing
+        return {"arrays": read, **({"missing": missing} if missing != "refuse" else {})}
 
     @contextmanager
     def open(self, recording: Recording, /) -> Iterator["_OpenArrays"]:
@@ -91,15 +98,24 @@ class ArraysSource:
             cells = rewards = None
             if path.suffix.lower() == ".npz":
                 cells, rewards = self._steps(path)
-            elif self.actions.kind != "none":
-                raise FormatError(f"{path}: an npy has frames only, but other files have actions")
+            elif self._wants_actions:
+                raise FormatError(
+                    f"{path}: an npy has frames only, but other files have actions; "
+                    "--actions.missing unlabelled takes it as one whose actions nobody knows"
+                )
             yield _OpenArrays(self, path, frames, cells, rewards)
 
     def _steps(self, path: Path) -> tuple[Cells | None, npt.NDArray[Any] | None]:
         """Return the actions and rewards of a file, where there are any."""
         names, cells, rewards = self.settings.npz, None, None
         with open_npz(path) as archive:
-            if self.actions.kind != "none":
+            if f"{names.actions}.npy" not in archive.namelist():
+                if self._wants_actions:
+                    raise FormatError(
+                        f"{path}: has no array {names.actions}, but other files have; "
+                        "--actions.missing unlabelled takes it as one whose actions nobody knows"
+                    )
+            elif self.actions.kind != "none":
                 where = f"{path}: {names.actions}"
                 array = read_member(archive, names.actions, where=where)
                 cells = array_cells(array, names.actions, where=where)
@@ -126,7 +142,7 @@ class _OpenArrays:
     def frames(self) -> Iterator[Frames]:
         return self.array.frames()
 
-    def actions(self, num_frames: int, /) -> ActionArray:
+    def actions(self, num_frames: int, /) -> ActionArray | None:
         alignment = self.source.settings.actions.alignment
         return actions_between(self.cells, self.source.actions, num_frames, alignment=alignment)
 
@@ -140,7 +156,7 @@ class _OpenArrays:
 
 
 def _find_actions(files: list[Path], settings: IngestConfig) -> ActionSpec:
-    """Return the spec of all actions; that of the first file that can be read says if there are."""
+    """Return the spec of the actions of all files that have some."""
     name = settings.npz.actions
     survey, refused = Survey(replace(settings.actions, columns=())), []
     seen = False

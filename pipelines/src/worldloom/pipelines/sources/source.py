@@ -43,8 +43,10 @@ class OpenRecording(Protocol):
         """
         ...
 
-    def actions(self, num_frames: int, /) -> ActionArray:
+    def actions(self, num_frames: int, /) -> ActionArray | None:
         """Return the num_frames - 1 actions between the frames, as `Source.combine` takes them.
+
+        None where nobody knows them, in a source of which the person said that this may be.
 
         Raises:
             FormatError: if there are not as many as the source's rule wants, or one is out of

@@ -3,7 +3,8 @@
     NAME.mp4, NAME.csv  ->  open_source  ->  Source
 
 Row i of the file of actions leads from frame i to frame i + 1, or led to frame i, as
-`--actions.alignment` says. Where no video has one, they are videos without actions.
+`--actions.alignment` says. Where no video has one, they are videos without actions; where some have
+none, `--actions.missing` says what becomes of those.
 """
 
 import os
@@ -97,6 +98,8 @@ class VideosSource:
         about: dict[str, Any] = {"packages": {"av": version("av")}}
         if self.fields:
             about["columns"] = list(self.fields)
+        if self.settings.missing != "refuse":
+            about["missing"] = self.settings.missing
         if self.rate_of is None:
             about["fps_given"] = self.fps
         return about
@@ -116,8 +119,11 @@ class VideosSource:
             yield _OpenVideo(self, file, cells)
 
     def _cells(self, video: _Video) -> Cells | None:
-        """Return the actions of a video, if this source has any."""
-        return None if self.actions.kind == "none" else read_cells(_only(video), self.fields)
+        """Return the actions of a video, if it has any."""
+        unlabelled = not video.side_files and self.settings.missing == "unlabelled"
+        if unlabelled or self.actions.kind == "none":
+            return None
+        return read_cells(_only(video), self.fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +139,7 @@ class _OpenVideo:
     def frames(self) -> Iterator[Frames]:
         return self.file.frames()
 
-    def actions(self, num_frames: int, /) -> ActionArray:
+    def actions(self, num_frames: int, /) -> ActionArray | None:
         alignment = self.source.settings.alignment
         return actions_between(self.cells, self.source.actions, num_frames, alignment=alignment)
 
@@ -156,6 +162,7 @@ def _only(video: _Video) -> Path:
         wanted = ", ".join(video.path.with_suffix(suffix).name for suffix in _SIDE_SUFFIXES)
         raise FormatError(
             f"{video.path}: has no file of actions beside it ({wanted}), but other videos have; "
+            "--actions.missing unlabelled takes it as one whose actions nobody knows, "
             "--actions.format none takes all without"
         )
     if len(video.side_files) > 1:
