@@ -281,7 +281,6 @@ def test_guidance_raises_action_adherence_of_an_under_trained_model(tmp_path, ac
         tmp_path / "shards", tmp_path / "run", model=tiny(), num_steps=140, batch_windows=8,
         corruption=0.0, validate_every=10, checkpoint_every=1000, on_validation=watch,
     )  # fmt: skip
-    print("RES", course)
     assert course
     for _, adherence in course:
         assert adherence[0.0] < adherence[1.0] < adherence[2.0], course
