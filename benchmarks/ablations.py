@@ -236,7 +236,7 @@ def main() -> None:
     training = replace(TRAINING, num_steps=asked.updates, batch_windows=asked.windows)
     if asked.quick:
         asked.seeds, asked.held_out = [0], 2
-        model = replace(model, num_layers=1, dim=24, num_heads=2)
+        model = replace(model, num_layers=2, dim=24, num_heads=2)
         training = replace(training, num_steps=2, batch_windows=2, log_every=1)
     wanted = variants(asked.only, model, training)
     with tempfile.TemporaryDirectory(prefix="worldloom-") as folder:

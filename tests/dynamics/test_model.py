@@ -136,7 +136,7 @@ def test_the_last_windows_mask_is_kept_and_no_other():
         model(random_codes(model, frames), random_slots(model, frames))
     key, (_, sight) = model.layout._kept
     assert key[0] == 4
-    assert sight.mask_LL.shape == (5 + 3 * 12,) * 2
+    assert sight.mask_LM.shape == (3 * 12, 5 + 3 * 12)
 
 
 def test_training_goes_on_after_a_forward_in_inference_mode():

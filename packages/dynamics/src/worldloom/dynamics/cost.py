@@ -171,7 +171,7 @@ def _count(
     batch = _nothing(dynamics.spec, training.window_frames, 1)
     # What a window's forward makes once and keeps; it looks at values, which fake tensors lack.
     with torch.no_grad():
-        dynamics.layout.window(training.window_frames)
+        dynamics.layout.window(training.window_frames, 1)
     kept: dict[int, int] = {}
     alive: list[Tensor] = []
 

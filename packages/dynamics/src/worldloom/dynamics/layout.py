@@ -1,6 +1,6 @@
 """Sizes of a grid and a context -> where the tokens of a forward stand and what they see.
 
-    latent frames of a window       ->  window    ->  Rotation, Sight; those of the last are kept
+    latent frames, a batch          ->  window    ->  Rotation, Sight; those of the last are kept
     a latent frame before a cache   ->  frame     ->  Rotation, mask_TM
     some of its tokens              ->  in_frame  ->  Sight
 
@@ -46,20 +46,22 @@ class Layout(nn.Module):
         self.space_sin: Tensor
         self.own_TT: Tensor
         self._sees_whole_frame = bool(own_TT.all())
-        self._kept: tuple[tuple[int, torch.device], tuple[Rotation, Sight]] | None = None
+        self._kept: tuple[tuple[int, int, torch.device], tuple[Rotation, Sight]] | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the constants are."""
         return self.own_TT.device
 
-    def window(self, frames: int, /) -> tuple[Rotation, Sight]:
-        """Return rotation and sight of a window of latent frames, meta tokens first."""
-        key = (frames, self.device)
+    def window(self, frames: int, batch: int, /) -> tuple[Rotation, Sight]:
+        """Return rotation and sight of the meta tokens and a batch of windows, packed."""
+        key = (frames, batch, self.device)
         if self._kept is None or self._kept[0] != key:
             # Made while generating, they may be needed for training: not as inference tensors.
             with torch.inference_mode(mode=False):
-                self._kept = (key, self._make_window(frames))
+                turn, sight = self._make_window(frames)
+                turn = turn.packed(batch, num_meta=self.num_meta)
+                self._kept = (key, (turn, sight))
         return self._kept[1]
 
     def meta(self) -> Rotation:
@@ -103,8 +105,8 @@ class Layout(nn.Module):
             along = time_mask(context_frames=self.context_frames, **count)
             masks = (within.to(self.device), along.to(self.device))
             return turn_there, FactorisedWindow(self.num_meta, *masks)
-        mask_LL = sight_mask(self.grid, context_frames=self.context_frames, **count)
-        return turn_there, Window(mask_LL.to(self.device))
+        mask_LM = sight_mask(self.grid, context_frames=self.context_frames, **count)
+        return turn_there, Window(self.num_meta, mask_LM.to(self.device))
 
     def _space_rotary(self) -> Rotary:
         """Return the part of the rotation of a frame's tokens that rows and columns decide."""

@@ -38,6 +38,8 @@ def code_losses(
         batch: the true codes, and which frames are real.
         squares: whether the squares are wanted; else they are 0.
     """
+    # One copy for all: the likeliest are found in float32 four times as fast as in bf16 on a CPU.
+    logits_BfSV = logits_BfSV.float()
     right = num_right(logits_BfSV, batch)
     if not squares:
         nats = _summed_nats(logits_BfSV, batch)  # and no count, for which a GPU would have to wait

@@ -1,6 +1,6 @@
 """Meta tokens: learned tokens in front of every sequence, seen by all, never predicted.
 
-    B  ->  tokens_BMD, M meta tokens
+    nothing  ->  tokens_1MD, M meta tokens, the same before every window
 
 They have no place, so they are as near to frame 5,000 as to frame 0. In a rollout they stay in the
 cache for ever, as attention sinks, while old frames slide out. Drawn with standard deviation 0.02:
@@ -11,7 +11,6 @@ Source: Hymba (arXiv:2411.13676); attention sinks, arXiv:2309.17453.
 """
 
 import torch
-from einops import repeat
 from torch import Tensor, nn
 
 STD = 0.02
@@ -24,7 +23,6 @@ class MetaTokens(nn.Module):
         super().__init__()
         self.tokens_MD = nn.Parameter(torch.randn(num_tokens, dim) * STD)
 
-    def forward(self, batch: int, /) -> Tensor:
-        """Return tokens_BMD."""
-        tokens_BMD: Tensor = repeat(self.tokens_MD, "M D -> B M D", B=batch)
-        return tokens_BMD
+    def forward(self) -> Tensor:
+        """Return tokens_1MD."""
+        return self.tokens_MD[None]

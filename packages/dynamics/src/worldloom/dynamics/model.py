@@ -183,15 +183,16 @@ class DynamicsModel(nn.Module):
         slots_BfrA = self._slots_BfrA(slots_BTA, batch, frames)
         first = self.grid.first_frame
         before_BtSQ = shift_before(fed_BtSQ, pad=codes.vocab_size)
-        parts = [self.meta(batch)]
+        fed_BLD = self._feed(fed_BtSQ[:, 1:], before_BtSQ[:, 1:], slots_BfrA)
         if first == 0:  # no action leads to frame 0
-            parts.append(self._feed(fed_BtSQ[:, :1], before_BtSQ[:, :1], None))
-        parts.append(self._feed(fed_BtSQ[:, 1:], before_BtSQ[:, 1:], slots_BfrA))
-        turn, sight = self.layout.window(frames)
-        out_BLD = self.transformer(torch.cat(parts, dim=1), turn, sight)
-        skip = self.config.num_meta_tokens + (1 - first) * self.grid.tokens
-        out_BfTD = rearrange(out_BLD[:, skip:], "B (f T) D -> B f T D", T=self.grid.tokens)
-        cells_BfSD: Tensor = out_BfTD[:, :, self.grid.lead :]
+            fed_0_BTD = self._feed(fed_BtSQ[:, :1], before_BtSQ[:, :1], None)
+            fed_BLD = torch.cat([fed_0_BTD, fed_BLD], dim=1)
+        # The meta tokens see no window: once is enough.
+        packed_1PD = torch.cat([self.meta(), fed_BLD.reshape(1, -1, self.config.dim)], dim=1)
+        turn, sight = self.layout.window(frames, batch)
+        out_PD = self.transformer(packed_1PD, turn, sight)[0, self.config.num_meta_tokens :]
+        out_BfTD = rearrange(out_PD, "(B f T) D -> B f T D", B=batch, T=self.grid.tokens)
+        cells_BfSD: Tensor = out_BfTD[:, 1 - first :, self.grid.lead :]
         return cells_BfSD
 
     def logits(self, tokens_BfSD: Tensor, codes_Bthw: Tensor, /) -> Tensor:
@@ -215,7 +216,7 @@ class DynamicsModel(nn.Module):
             self.config, self.grid, batch=batch, device=self.device, dtype=dtype
         )
         if self.config.num_meta_tokens:
-            self.transformer(self.meta(batch), self.layout.meta(), MetaCache(cache))
+            self.transformer(self.meta(), self.layout.meta(), MetaCache(cache))
         return cache
 
     def open_frame(

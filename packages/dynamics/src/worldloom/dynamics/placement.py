@@ -74,7 +74,10 @@ class Replicated:
 
     def clip(self, most: float, /) -> Tensor:
         """Scale the gradients down to a norm of `most`; return the norm that they had."""
-        norm: Tensor = nn.utils.clip_grad_norm_(self._dynamics.parameters(), most)
+        parameters = [p for p in self._dynamics.parameters() if p.grad is not None]
+        norm: Tensor = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not norm <= most:  # a norm that is no number, too, goes where it always went
+            nn.utils.clip_grads_with_norm_(parameters, most, norm)
         return norm
 
     def whole(self, tensors: Mapping[str, Tensor], /) -> dict[str, Tensor]:

@@ -76,6 +76,13 @@ class Rotation(NamedTuple):
         """Return the rotation of some of the tokens."""
         return Rotation(self.own[tokens], self.partner[tokens])
 
+    def packed(self, batch: int, /, *, num_meta: int) -> "Rotation":
+        """Return that of the first tokens once, then of the others window after window."""
+        own, partner = (
+            torch.cat([part[:num_meta], part[num_meta:].repeat(batch, 1)]) for part in self
+        )
+        return Rotation(own, partner)
+
 
 def in_time(frames_L: Tensor, axes: Axes, /) -> Rotary:
     """Return the part of the rotation that the latent frame decides; any integers."""

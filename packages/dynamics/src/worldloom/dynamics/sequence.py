@@ -3,7 +3,7 @@
     codes_Bthw, or codes_BthwQ      <->  codes_BtSQ, Q = 1 where a cell has one code
     codes_BtSQ                       ->  codes of the same cell one frame before; codes beside
     an order                         ->  own_TT: what the tokens of a frame see of each other
-    the same, frames, a context      ->  mask_LL: what all tokens see; or its factors
+    the same, frames, a context      ->  (L, M + L): what all tokens see; or its factors
 
 There is one token per cell and latent frame, and it predicts that cell's code: all Q levels of it
 (level_head.py). Its input never holds that code; it holds
@@ -133,10 +133,10 @@ def shift_before(codes_BtSQ: Tensor, /, *, pad: int) -> Tensor:
 
 
 def sight_mask(grid: Grid, /, *, frames: int, context_frames: int, num_meta: int) -> Tensor:
-    """Return mask_LL of meta tokens and frames, True where the token of a row sees a column's.
+    """Return (L, M + L): what tokens see, True where that of a row sees a column's, meta first.
 
-    Meta tokens see each other; every token sees them, the frames before its own up to
-    `context_frames` in all, and of its own frame what `Grid.own_sight` says.
+    All see the meta tokens, the frames before their own up to `context_frames` in all, and of their
+    own frame what `Grid.own_sight` says.
     """
     behind_ff = _behind(frames)
     earlier_ff = (behind_ff > 0) & (behind_ff < context_frames)
@@ -144,11 +144,7 @@ def sight_mask(grid: Grid, /, *, frames: int, context_frames: int, num_meta: int
     among = earlier_ff.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
     for start in range(0, len(among), tokens):
         among[start : start + tokens, start : start + tokens] = grid.own_sight()
-    length = num_meta + len(among)
-    mask_LL = torch.zeros(length, length, dtype=torch.bool)
-    mask_LL[:, :num_meta] = True
-    mask_LL[num_meta:, num_meta:] = among
-    return mask_LL
+    return torch.cat([torch.ones(len(among), num_meta, dtype=torch.bool), among], dim=1)
 
 
 def space_mask(grid: Grid, /, *, frames: int, num_meta: int) -> Tensor:

@@ -1,11 +1,13 @@
 """What a token sees: queries, keys and values of a forward -> what attention found.
 
     query, key, value (B, N, L, K), layer  ->  seen_BNLK
+    those of packed windows (1, N, P, K)   ->  seen_1NPK
 
 One class for each way in which a forward may look around. Among all tokens at once, or factorised,
 where layers take turns (even ones look within a frame, odd ones along the frames of a token); in a
 window, where all tokens are there, or in a cache, where the tokens of a forward put their own keys
-first and then look at what lies there. Meta tokens are seen by all, and see each other alone.
+first and then look at what lies there. Meta tokens are seen by all, and see each other alone: they
+are the same before every window, so a batch of windows has them once.
 
 A factorised layer within a frame shows the frame before too, where cells are decided one after the
 other: a cell could never learn otherwise what became of the cells behind it.
@@ -35,18 +37,26 @@ class Sight(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Tokens that see each other, as a mask says."""
+    """Windows of tokens that see each other, as a mask says, behind one set of meta tokens."""
 
-    mask_LL: Tensor
+    num_meta: int
+    mask_LM: Tensor
+    """(L, M + L)."""
 
     def seen(self, layer: int, query: Tensor, key: Tensor, value: Tensor, /) -> Tensor:
-        """Return seen_BNLK."""
-        return _attend(query, key, value, self.mask_LL)
+        """Return seen_1NPK of P = M + B * L tokens: the meta tokens, then window after window."""
+        length = len(self.mask_LM)
+        sinks, (queries, keys, values) = _unpack(query, key, value, self.num_meta, length)
+        keys, values = (
+            torch.cat([sink.expand(len(queries), -1, -1, -1), part], dim=2)
+            for sink, part in zip(sinks[1:], (keys, values), strict=True)
+        )
+        return _pack(sinks, _attend(queries, keys, values, self.mask_LM))
 
 
 @dataclass(frozen=True, slots=True)
 class FactorisedWindow:
-    """Meta tokens, then f frames of T tokens; layers take turns."""
+    """The same for windows of f frames of T tokens whose layers take turns."""
 
     num_meta: int
     space_mask: Tensor
@@ -55,19 +65,12 @@ class FactorisedWindow:
     """(f, M + f)."""
 
     def seen(self, layer: int, query: Tensor, key: Tensor, value: Tensor, /) -> Tensor:
-        """Return seen_BNLK."""
-        meta, frames = self.num_meta, len(self.time_mask)
-        mine = [
-            rearrange(part[:, :, meta:], "B N (f T) K -> B N f T K", f=frames)
-            for part in (query, key, value)
-        ]
-        sinks = [part[:, :, :meta] for part in (key, value)]
+        """Return seen_1NPK of P = M + B * f * T tokens."""
+        frames, tokens = len(self.time_mask), self.space_mask.shape[2]
+        sinks, parts = _unpack(query, key, value, self.num_meta, frames * tokens)
+        mine = [rearrange(part, "B N (f T) K -> B N f T K", f=frames) for part in parts]
         look = self._along_time if layer % 2 else self._within_frames
-        found = look(mine, sinks).flatten(2, 3)
-        if not meta:
-            return found
-        among = _attend(query[:, :, :meta], sinks[0], sinks[1])
-        return torch.cat([among, found], dim=2)
+        return _pack(sinks, look(mine, sinks[1:]).flatten(2, 3))
 
     def _within_frames(self, mine: list[Tensor], sinks: list[Tensor]) -> Tensor:
         """Return (B, N, f, T, K) of tokens that see their frame, and maybe the one before."""
@@ -80,7 +83,7 @@ class FactorisedWindow:
             if both:
                 before = _fold_frames(pad(part[:, :, :-1], (0, 0, 0, 0, 1, 0)))
                 own = torch.cat([before, own], dim=2)
-            sinks_ = repeat(sink, "B N M K -> (B f) N M K", f=frames)
+            sinks_ = sink.expand(len(own), -1, -1, -1)
             seen.append(torch.cat([sinks_, own], dim=2))
         mask = self.space_mask.repeat(batch, 1, 1, 1)
         found = _attend(_fold_frames(query), seen[0], seen[1], mask)
@@ -90,9 +93,7 @@ class FactorisedWindow:
         """Return (B, N, f, T, K) of tokens that see themselves in earlier frames."""
         tokens = mine[0].shape[3]
         queries, keys, values = (rearrange(part, "B N f T K -> (B T) N f K") for part in mine)
-        sink_keys, sink_values = (
-            repeat(sink, "B N M K -> (B T) N M K", T=tokens) for sink in sinks
-        )
+        sink_keys, sink_values = (sink.expand(len(queries), -1, -1, -1) for sink in sinks)
         keys = torch.cat([sink_keys, keys], dim=2)
         values = torch.cat([sink_values, values], dim=2)
         found = _attend(queries, keys, values, self.time_mask)
@@ -178,6 +179,23 @@ class FactorisedFrameCache:
             sinks = repeat(part[:, :, :meta], "B N M K -> (B L) N M K", L=tokens)
             each.append(torch.cat([sinks, mine], dim=2))
         return rearrange(_attend(*each), "(B L) N 1 K -> B N L K", L=tokens)
+
+
+def _unpack(
+    query: Tensor, key: Tensor, value: Tensor, num_meta: int, length: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return query, key, value of the meta tokens, (1, N, M, K), and of windows, (B, N, L, K)."""
+    parts = (query, key, value)
+    windows = [rearrange(part[0, :, num_meta:], "N (B L) K -> B N L K", L=length) for part in parts]
+    return [part[:, :, :num_meta] for part in parts], windows
+
+
+def _pack(sinks: list[Tensor], found_BNLK: Tensor) -> Tensor:
+    """Return (1, N, M + B * L, K): what the meta tokens find among themselves comes first."""
+    packed = rearrange(found_BNLK, "B N L K -> 1 N (B L) K")
+    if sinks[0].shape[2] == 0:
+        return packed
+    return torch.cat([_attend(*sinks), packed], dim=2)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
