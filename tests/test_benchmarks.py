@@ -54,3 +54,16 @@ def test_a_quick_run_prints_the_tables_that_it_writes(path, tmp_path):
     assert f"torch {machine['versions']['torch']}" in done.stdout
     # Of whom it was measured by nobody needs to know.
     assert not re.search(rf"\b{re.escape(platform.node())}\b", done.stdout + json.dumps(numbers))
+
+
+@pytest.mark.slow
+def test_a_training_step_is_timed_beside_genie2_pytorch(tmp_path):
+    path = next(path for path in BENCHMARKS if path.stem == "train_step")
+    done = run(path, "--quick", "--only", "genie2", "--json", tmp_path / "numbers.json")
+    if "No matching distribution" in done.stderr:
+        pytest.skip("genie2-pytorch cannot be had here: no package index answers")
+    assert done.returncode == 0, done.stderr
+    (table,) = json.loads((tmp_path / "numbers.json").read_text())["tables"].values()
+    first, *ours = table["rows"]
+    assert "genie2-pytorch 0.0.21" in first.values()
+    assert len(ours) == 3
