@@ -208,9 +208,11 @@ def main() -> None:
                 held_out=held_out, rollouts=asked.rollouts,
             )  # fmt: skip
             runs.append({"corruption": share, "seed": seed, **found})
-            report.keep("runs", runs, settings=settings)
+            report.keep("runs", runs, settings=settings)  # with every frame, should it be stopped
             report.write(asked.json)
     places = [n for n in (1, 4, 8, 16, 32) if n <= plan.horizon]
+    shown = ("corruption", "seed", "drift_db_per_frame", "cross_entropy")
+    report.table("runs", [{name: one[name] for name in shown} for one in runs], settings=settings)
     copied = {f"copied dB at {n}": runs[0]["copy_db"][n - 1] for n in places}
     report.table("drift", summary(runs, places), settings=settings | copied)
     report.write(asked.json)

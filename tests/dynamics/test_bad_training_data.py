@@ -249,7 +249,7 @@ def test_a_run_folder_that_is_a_file_is_refused_and_stays(train, shards, tmp_pat
     ("flag", "value", "said"),
     [
         ("--training.seed", 7, "seed 0 then, 7 now"),
-        ("--training.learning-rate", 0.5, "learning_rate 0.001 then, 0.5 now"),
+        ("--training.learning-rate", 0.5, "learning_rate 0.002 then, 0.5 now"),
         ("--training.optimizer", "adamw", "optimizer 'muon' then, 'adamw' now"),
         ("--model.head", "dot", "head 'linear' then, 'dot' now"),
         ("--model.dim", 32, "dim 16 then, 32 now"),

@@ -139,6 +139,7 @@ def tiny_chain(tmp_path_factory) -> TinyChain:
     with torch.no_grad():  # fresh weights hardly listen; these do, at random
         model.actions.table.weight.mul_(50)
         model.head.to_logits.weight.mul_(20)
+        model.cell.weight.mul_(25)
     model.save(folder / "model", card="tiny")
     return TinyChain(folder, tokenizer, model)
 
