@@ -67,8 +67,10 @@ def test_two_processes_with_half_the_weights_train_what_one_with_all_trains(
             other = groups[1][group][key]
             assert other.shape == tensor.shape
             if group != "optimizer":
-                # Adam divides by what is nearly 0 at first, and so enlarges a rounding.
-                assert (tensor - other).abs().max() < 5e-5, (group, key)
+                # Adam divides by what is nearly 0, and so enlarges a rounding: most of all in the
+                # shares of streams, whose gradients are about 0 as long as all streams are alike.
+                most = 1e-3 if key.endswith(".share") else 5e-5
+                assert (tensor - other).abs().max() < most, (group, key)
 
 
 @pytest.mark.slow

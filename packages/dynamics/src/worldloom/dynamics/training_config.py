@@ -34,7 +34,7 @@ class DynamicsTrainingConfig:
     """Latent frames per window: more than the model's context, so that it learns how that slides.
     A rollout's memory goes back further than its context, and shorter windows never show that."""
     learning_rate: float = 2e-3
-    """Peak of the schedule, of the size that AdamW wants, whichever the optimizer."""
+    """Peak of the schedule, of muon and of adamw."""
     optimizer: OptimizerKind = "muon"
     """muon (orthogonal steps for hidden matrices, AdamW for the rest) or adamw (for all)."""
     schedule: Schedule = "cosine"
