@@ -24,15 +24,17 @@ $(STAMP): $(PROJECTS)
 	  echo 'error: $(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv' >&2; exit 1; }
 	@echo 'installing worldloom and what it needs into .venv' >&2
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-input $(PIP_FLAGS) \
-	  -e packages/common -e packages/tokenizer -e packages/dynamics -e '.[envs,ingest,ray,test]'
+	  -e packages/common -e packages/tokenizer -e packages/dynamics -e '.[envs,ingest,play,ray,test]'
 	@touch $@
 
 demo: setup  ## play, learn, imagine: the whole chain, then runs/demo/report.html
 	$(BIN)/worldloom demo --output runs/demo
 
-play:  ## not yet: playing in the browser comes with a later release
-	@echo 'Playing in the browser comes with a later release; for now, steer a model with actions'
-	@echo 'that you write down: $(BIN)/worldloom generate --help'
+play: setup  ## walk through the learned world in a browser (learns it first, if there is none)
+	@test -e runs/demo/report.json || \
+	  echo 'there is no world yet: learning the demo first, about ten minutes' >&2
+	@test -e runs/demo/report.json || $(MAKE) --no-print-directory demo
+	$(BIN)/worldloom play runs/demo
 
 test: setup  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

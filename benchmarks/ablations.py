@@ -73,7 +73,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"positions": "time"},
         {"positions": "time", "cell_embedding": False},  # genie2-pytorch's
     ],
-    "order": [{"order": order} for order in ("frame", "row", "raster")],
+    "order": [{"order": order} for order in ("frame", "row", "raster", "masked")],
     "previous_frame": [{"order": order, "previous_frame": False} for order in ("row", "raster")],
     "num_meta_tokens": [{"num_meta_tokens": number} for number in (0, 16)],
     "residual_streams": [{"residual_streams": number} for number in (1, 2, 4)],

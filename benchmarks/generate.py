@@ -1,350 +1,402 @@
-"""How fast are the decoders, and what does guidance cost?
+"""How fast are codes generated, by which decoder, and against what others have?
 
-    python benchmarks/generate.py                          about 15 minutes on 2 cores
-    python benchmarks/generate.py --grid 8 --updates 600   one grid, a model that knows more
-    python benchmarks/generate.py --shards runs/demo/shards
+    python benchmarks/generate.py                                    all that needs no --run
+    python benchmarks/generate.py --only decoders --grid 8 --models /tmp/models
+    python benchmarks/generate.py --only decoders --run runs/raster  a run's own model and codes
+    python benchmarks/generate.py --only world --run runs/demo
+    python benchmarks/generate.py --only genie2 genie2-long --peer /tmp/genie2
 
-For each grid a model of the demo's size (192 wide, 4 layers, 1024 codes) with order raster learns a
-game for a few hundred updates: rooms of codes that scroll with two of four actions, a sprite that
-moves with the others, and cells that flicker at random. With --shards it learns those. Then the
-decoders go on from the same state with the same noise, frame by frame in turn, so they draw the
-same codes ("same codes": the share of frames in which they did; where two codes tie, one may
-differ, and from there on the worlds do). The context is how many frames the cache holds.
+decoders: a table for every grid and context. Models are of the demo's size (192 wide, 4 layers,
+1024 codes). That of order raster has learned a game (rooms.py; `--models FOLDER` keeps it for the
+next run), for how sure a model is decides how many forwards jacobi takes; those of the other orders
+have fresh weights, for their forwards are counted beforehand. All make every frame in turn. The
+decoders of one model go on from one state with the same noise, so they draw the same codes ("same
+codes": the share of frames in which they did; where two codes tie, one may differ, and from there
+on the worlds do). The context is how many frames the cache holds; it is full.
 
-    decoders    raster; jacobi as it is by default; jacobi that draws all that is left; auto
-    guidance    a frame guided by scale 2 against one that is not
-    peer        one forward a cell through x-transformers' own Decoder of the same sizes, whose
-                cache grows by concatenation, against raster; untrained, no logits, no noise
+guidance: a frame guided by scale 2 beside one that is not, in turn.
 
-Milliseconds are of whole frames, with noise and sampling, without pixels. Tables go to stdout.
+cache: all cells of a frame, one forward each, before a full context, through our layers with the
+preallocated cache and through x-transformers' own Decoder of the same sizes with its cache, which
+grows by concatenation. "tokens alone" is layers and cache in both; "whole" adds what ours does
+besides: codes in, logits, noise and sampling.
+
+layout: a frame by weights as they lie and by the copy that a rollout lays out for the processor
+(linear.py), of the demo's size and of LARGE, float32 and bf16: 64 tokens a forward, or one.
+
+world: the world of --run at batch 1, codes and pixels, without and with guidance.
+
+genie2: the job of the README of PyPI's genie2-pytorch: 16 frames of 2x2 codes from one, batch 2,
+by 51.6M parameters; in a process of its own, see train_step.py. Ours has the default order (frame),
+as many parameters less at most 2%, sees all frames too, and gets an action for every frame, which
+theirs cannot. Once more with weights in bf16, half as many bytes to read, and by order raster, cell
+by cell, as theirs. genie2-long: 64 frames, which takes theirs minutes. genie2-guided: the forward
+for a cell in frame 17, guided and not.
+
+Milliseconds are of whole frames, with noise and sampling, without pixels unless it says so. Frames
+per second and ratios of decoders are of the mean, for jacobi takes a frame in which all moves much
+longer. CPU-ms are of all threads: on a busy machine they say more.
+
+Tables go to stdout, progress to stderr.
 """
 
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
-from math import inf
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rooms
 import torch
+from peers import generation, genie2
+from peers.growing_cache import GrowingCache
+from races import Runner, begun, guidance_cost, held_out, middle, race, runners_of, started
 from report import Report, arguments, spread
-from worldloom.common import (
-    ActionSpec,
-    CodeSpec,
-    TokenEpisode,
-    TokenizerSpec,
-    TokenShards,
-    write_manifest,
-    write_shard,
-)
-from worldloom.dynamics import (
-    DynamicsConfig,
-    DynamicsModel,
-    DynamicsTrainingConfig,
-    Rollout,
-    SamplingConfig,
-    Windows,
-    train_dynamics_model,
-)
-from worldloom.dynamics.decoders import Auto, Decoder, Jacobi, Raster
+from turns import Times, ratios, take_turns, timed
+from worldloom.common import TokenShards, say
+from worldloom.dynamics import DynamicsModel, Rollout, SamplingConfig
+from worldloom.dynamics.linear import packed_weights
 
-ACTIONS = ActionSpec.discrete(["left", "right", "up", "down"])
-SIZES = {"num_layers": 4, "dim": 192, "num_heads": 6, "num_meta_tokens": 16}
-TINY = {"num_layers": 2, "dim": 32, "num_heads": 2, "num_meta_tokens": 4}
-VOCABULARY, ROOMS, FLICKER = 1024, 4, 0.05
+LARGE = {"num_layers": 12, "dim": 512, "num_heads": 8, "num_meta_tokens": 16}
+GUIDED = 2.0
 
 
-def game(grid: int, frames: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return codes_thw and slots_TA of a walk through rooms that all walks share."""
-    rooms = np.random.default_rng(grid).integers(16, VOCABULARY, (ROOMS, grid, 3 * grid))
-    rng = np.random.default_rng([seed, grid])
-    room = rooms[rng.integers(ROOMS)]
-    size = max(1, grid // 4)
-    view, height = rng.integers(3 * grid), rng.integers(grid - size + 1)
-    slots_TA, codes = rng.integers(0, 4, (frames - 1, 1)), []
-    # People hold their keys: an action stays three times out of four.
-    for step in range(1, frames - 1):
-        if rng.random() < 0.75:
-            slots_TA[step] = slots_TA[step - 1]
-    for frame in range(frames):
-        if frame:
-            action = int(slots_TA[frame - 1, 0])
-            view += {0: -1, 1: 1}.get(action, 0)
-            height = np.clip(height + {2: -1, 3: 1}.get(action, 0), 0, grid - size)
-        codes_hw = np.roll(room, -view, axis=1)[:, :grid].copy()
-        flickers = rng.random(codes_hw.shape) < FLICKER
-        codes_hw[flickers] = rng.integers(0, 4, int(flickers.sum()))
-        middle = (grid - size) // 2
-        codes_hw[height : height + size, middle : middle + size] = 4
-        codes.append(codes_hw)
-    return np.stack(codes), slots_TA
+class Bench:
+    """What the tables are made from; shards and models are made once."""
+
+    def __init__(self, asked: Any, folder: Path) -> None:
+        self.asked = asked
+        self.sampling = SamplingConfig(temperature=asked.temperature, min_p=asked.min_p)
+        self.sizes = rooms.TINY if asked.quick else rooms.DEMO
+        self._folder = asked.models or folder
+        self._raster: dict[int, DynamicsModel] = {}
+
+    def shards(self, grid: int) -> TokenShards:
+        """Return the game on a grid."""
+        episodes = 12 if self.asked.quick else 200
+        folder = self._folder / f"rooms-{grid}-{episodes}-{self.asked.seed}"
+        return rooms.write_rooms(folder, grid, episodes=episodes, seed=self.asked.seed)
+
+    def raster(self, grid: int) -> DynamicsModel:
+        """Return the model that learned it."""
+        if grid not in self._raster:
+            name = f"raster-{grid}-{self.asked.updates}-{self.asked.seed}"
+            say(f"generate: training a model for {grid}x{grid} codes")
+            self._raster[grid] = rooms.learned(
+                self.shards(grid), self._folder / name,
+                sizes=self.sizes, updates=self.asked.updates, seed=self.asked.seed,
+            )  # fmt: skip
+        return self._raster[grid]
+
+    def fresh(self, grid: int, order: str) -> DynamicsModel:
+        """Return a model of another order."""
+        return rooms.fresh(self.shards(grid), order, sizes=self.sizes, seed=self.asked.seed)
+
+    def slots_TA(self, runner: Runner) -> torch.Tensor:
+        """Return a walk of the model's actions: people hold their keys."""
+        sizes = runner.rollout.model.spec.actions.sizes
+        rng = np.random.default_rng(self.asked.seed)
+        return torch.from_numpy(rng.integers(0, sizes, (8, len(sizes))).repeat(4, axis=0))
+
+    def about(self, **more: Any) -> dict[str, Any]:
+        """Return what a table was made with."""
+        names = ("seed", "threads", "temperature", "min_p")
+        return {name: getattr(self.asked, name) for name in names} | {"batch": 1} | more
 
 
-def write_game(folder: Path, grid: int, *, episodes: int, seed: int) -> TokenShards:
-    """Write shards of walks."""
-    folder.mkdir(parents=True)
-    codes = CodeSpec(vocab_size=VOCABULARY, grid_height=grid, grid_width=grid, code_dim=16)
-    walks = [game(grid, 40, 1000 * seed + number) for number in range(episodes)]
-    rows = [
-        TokenEpisode(
-            key=f"walk{number}",
-            codes_thw=codes_thw,
-            slots_TA=slots_TA,
-            num_frames=len(codes_thw),
-            split="validation" if number >= episodes - 4 else "train",
-        )
-        for number, (codes_thw, slots_TA) in enumerate(walks)
-    ]
-    record = write_shard(folder, 0, rows, codes=codes, actions=ACTIONS)
-    write_manifest(
-        folder,
-        [record],
-        tokenizer=TokenizerSpec(
-            name="game", codes=codes, height=8 * grid, width=8 * grid, resize="exact", fps=10.0,
-            frame_skip=1, compute_dtype="float32", fingerprint="0" * 64,
-        ),
-        actions=ACTIONS,
-        codebook_VZ=np.random.default_rng(0).normal(size=(VOCABULARY, 16)).astype("f4"),
-        fps=10.0,
-        frame_skip=1,
-        metrics={},
-        source={"game": "rooms"},
-    )  # fmt: skip
-    return TokenShards(folder)
+def compare_decoders(report: Report, bench: Bench) -> None:
+    """Print the tables `decoders`."""
+    asked = bench.asked
+    if asked.run is not None:
+        shards = TokenShards(asked.run / "shards")
+        model = DynamicsModel.from_pretrained(asked.run / "dynamics" / "model")
+        codes, frames = shards.codes, model.config.context_frames
+        runners = runners_of(model, shards, bench.sampling, widest=True)
+        title = f"decoders, {codes.grid_height}x{codes.grid_width}, --run"
+        decoder_table(report, bench, runners, title, {"context frames": frames})
+        return
+    for grid in asked.grid:
+        shards = bench.shards(grid)
+        for context in asked.context:
+            model = rooms.with_context(bench.raster(grid), shards, context)
+            # To draw all that is left costs the more, the larger the grid.
+            runners = runners_of(model, shards, bench.sampling, widest=grid <= 8)
+            for order, name in (("row", "row"), ("frame", "frame"), ("masked", "maskgit")):
+                model = rooms.with_context(bench.fresh(grid, order), shards, context)
+                rollout = started(model, shards, replace(bench.sampling, decoder=name))
+                runners.append(Runner(order, name, rollout, same=None))
+            title = f"decoders, {grid}x{grid}, context {context}"
+            about = {"context frames": context, "updates": asked.updates}
+            decoder_table(report, bench, runners, title, about)
 
 
-def learn(shards: TokenShards, run: Path, *, order: str, asked: Any) -> DynamicsModel:
-    """Train a model of the demo's size; large grids get fewer windows an update."""
-    codes = shards.tokenizer.codes
-    cells = codes.grid_height * codes.grid_width
-    folder = train_dynamics_model(
-        shards,
-        run,
-        model=DynamicsConfig(order=order, context_frames=8, **(TINY if asked.quick else SIZES)),
-        training=DynamicsTrainingConfig(
-            num_steps=asked.updates,
-            batch_windows=max(2, min(16, 1024 // cells)),
-            window_frames=8,
-            learning_rate=1e-3,
-            warmup_steps=min(20, asked.updates - 1),
-            validate_every=asked.updates,
-            checkpoint_every=asked.updates,
-            log_every=max(1, asked.updates // 10),
-            seed=asked.seed,
-        ),
-    )
-    return DynamicsModel.from_pretrained(folder)
+def decoder_table(
+    report: Report, bench: Bench, runners: Sequence[Runner], /, title: str, about: dict[str, Any]
+) -> None:
+    """Let all run, print how fast they were."""
+    asked = bench.asked
+    say(f"generate: {title}")
+    race(runners, bench.slots_TA(runners[0]), frames=asked.frames, seconds=asked.seconds)
+    rows = [runner.row(runners[0]) for runner in runners]
+    report.table(title, rows, settings=bench.about(frames=len(runners[0].times), **about))
 
 
-def with_context(model: DynamicsModel, frames: int) -> DynamicsModel:
-    """Return the same weights with another context."""
-    codebook = model.state_dict()["before.vectors"][:-1].numpy()
-    other = DynamicsModel(replace(model.config, context_frames=frames), model.spec, codebook)
-    other.load_state_dict(model.state_dict())
-    return other.eval().requires_grad_(requires_grad=False)
+def compare_guidance(report: Report, bench: Bench) -> None:
+    """Print the table `guidance`."""
+    rows = []
+    for grid in asked_grids(bench, most=8):
+        shards = bench.shards(grid)
+        for order, names in (("frame", ["frame"]), ("raster", ["raster", "jacobi"])):
+            model = bench.raster(grid) if order == "raster" else bench.fresh(grid, order)
+            runners = []
+            for name in names:
+                for scale in (1.0, GUIDED):
+                    sampling = replace(bench.sampling, decoder=name, guidance_scale=scale)
+                    rollout = started(model, shards, sampling)
+                    runners.append(Runner(order, name, rollout, same=None))
+            say(f"generate: guidance, {grid}x{grid}, order {order}")
+            slots_TA = bench.slots_TA(runners[0])
+            race(runners, slots_TA, frames=bench.asked.frames, seconds=bench.asked.seconds / 2)
+            for off, on in zip(runners[::2], runners[1::2], strict=True):
+                what = {"grid": f"{grid}x{grid}", "order": order, "decoder": off.way}
+                rows.append(what | guidance_cost(off, on))
+    report.table("guidance", rows, settings=bench.about(scale=GUIDED))
 
 
-class Race:
-    """Rollouts from one state, which make every frame in turn; each is timed."""
+def asked_grids(bench: Bench, *, most: int) -> list[int]:
+    """Return the grids that are asked for, but for those that would say nothing more."""
+    return [grid for grid in bench.asked.grid if grid <= most] or bench.asked.grid[:1]
 
-    def __init__(
-        self,
-        model: DynamicsModel,
-        start: Rollout,
-        ways: Mapping[str, tuple[SamplingConfig, Decoder]],
-    ) -> None:
-        self.rollouts, self.seconds, self.forwards, self.same = {}, {}, {}, {}
-        self._model = model
-        for name, (sampling, decoder) in ways.items():
-            rollout = start.fork(1, seeds=[0])
-            rollout.sampling = sampling
-            rollout._decoder = decoder
-            self.rollouts[name] = rollout
-            self.seconds[name], self.forwards[name], self.same[name] = [], [], []
 
-    def run(self, slots_TA: torch.Tensor, *, warm_up: int) -> None:
-        """Make a frame for every action; the first few are not counted."""
-        for step in range(len(slots_TA)):
-            codes = []
-            for name, rollout in self.rollouts.items():
-                began = time.perf_counter()
-                codes.append(rollout.step(slots_TA[step][None, None]))
-                took = time.perf_counter() - began
-                if step >= warm_up:
-                    self.seconds[name].append(took)
-                    self.forwards[name].append(rollout.forwards)
-                    self.same[name].append(float(torch.equal(codes[0], codes[-1])))
+def compare_caches(report: Report, bench: Bench) -> None:
+    """Print the table `cache`."""
+    asked, rows = bench.asked, []
+    for grid in asked.grid:
+        for context in asked.context:
+            shards = bench.shards(grid)
+            model = rooms.with_context(bench.fresh(grid, "raster"), shards, context)
+            rollout = started(model, shards, replace(bench.sampling, decoder="raster"))
+            _, slots_BTA = held_out(shards, rooms.CONTEXT_FRAMES)
+            contenders = {
+                "theirs": GrowingCache(model.config, cells=model.grid.cells),
+                "alone": partial(timed, tokens_alone(rollout, slots_BTA[:, :1])),
+                "whole": partial(timed, partial(rollout.step, slots_BTA[:, :1])),
+            }
+            say(f"generate: cache, {grid}x{grid}, context {context}")
+            rounds = asked.rounds if grid <= 8 else min(3, asked.rounds)
+            found = take_turns(contenders, rounds=rounds, steps=1, warm=1)
+            theirs = found["theirs"]
+            row: dict[str, Any] = {"grid": f"{grid}x{grid}", "context frames": context}
+            row["x-transformers', ms"] = spread([1e3 * t.wall_s for t in theirs])
+            for name, what in (("alone", "tokens alone"), ("whole", "whole")):
+                ours = found[name]
+                row[f"ours, {what}, ms"] = spread([1e3 * t.wall_s for t in ours])
+                row[f"{what}: times as fast"] = _faster(theirs, ours)
+                row[f"{what}: in CPU time"] = _faster(theirs, ours, cpu=True)
+            rows.append(row)
+    report.table("cache", rows, settings=bench.about(rounds=asked.rounds))
 
-    def rows(self, first: str) -> Iterator[dict[str, Any]]:
-        """Yield a row a way; `first` is what the others are compared with."""
-        base = float(np.median(self.seconds[first]))
-        for name, seconds in self.seconds.items():
-            p50, p95 = (float(value) * 1e3 for value in np.percentile(seconds, [50, 95]))
-            yield {
-                "way": name,
+
+def tokens_alone(rollout: Rollout, slots_BrA: torch.Tensor) -> Callable[[], None]:
+    """Return what runs every cell's token of the rollout's next frame through the layers."""
+    model = rollout.model
+    snapshot = rollout.snapshot()
+    codes_BSQ = snapshot.past[-1]
+
+    @torch.inference_mode()
+    @packed_weights()
+    def run() -> None:
+        there = model.open_frame(snapshot.frame, codes_BSQ, slots_BrA, snapshot.cache)
+        for cell in range(model.grid.cells):
+            model.cached_tokens(there, slice(cell, cell + 1), codes_BSQ)
+
+    return run
+
+
+def _faster(theirs: Sequence[Times], ours: Sequence[Times], *, cpu: bool = False) -> dict[str, Any]:
+    name = "cpu_s" if cpu else "wall_s"
+    return ratios([getattr(t, name) for t in theirs], [getattr(t, name) for t in ours])
+
+
+def compare_layouts(report: Report, bench: Bench) -> None:
+    """Print the table `layout`."""
+    asked, rows = bench.asked, []
+    grid = min(8, *asked.grid)
+    shards = bench.shards(grid)
+    for size, sizes in (("demo's", bench.sizes), ("large", bench.sizes if asked.quick else LARGE)):
+        for order in ("frame", "raster"):
+            for dtype in (torch.float32, torch.bfloat16):
+                model = rooms.fresh(shards, order, sizes=sizes, seed=asked.seed).to(dtype)
+                contenders = {
+                    name: partial(timed, frame_of(shards, weights, bench.sampling))
+                    for name, weights in (("as they lie", model), ("laid out", deepcopy(model)))
+                }
+                model.train().eval()  # lets go of the copy
+                say(f"generate: layout, {size} size, order {order}, {dtype}")
+                found = take_turns(contenders, rounds=asked.rounds, steps=1, warm=1)
+                before, after = found.values()
+                rows.append(
+                    {
+                        "size": f"{size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M",
+                        "tokens a forward": 1 if order == "raster" else model.grid.cells,
+                        "weights": str(dtype).removeprefix("torch."),
+                        "as they lie, ms": spread([1e3 * t.wall_s for t in before]),
+                        "laid out, ms": spread([1e3 * t.wall_s for t in after]),
+                        "times as fast": _faster(before, after),
+                        "in CPU time": _faster(before, after, cpu=True),
+                    }
+                )
+    report.table("layout", rows, settings=bench.about(grid=grid, rounds=asked.rounds))
+
+
+def frame_of(
+    shards: TokenShards, model: DynamicsModel, sampling: SamplingConfig
+) -> Callable[[], object]:
+    """Return what makes a rollout's next frame, group by group."""
+    decoder = "raster" if model.config.order == "raster" else "frame"
+    rollout = started(model, shards, replace(sampling, decoder=decoder))
+    _, slots_BTA = held_out(shards, rooms.CONTEXT_FRAMES)
+    return partial(rollout.step, slots_BTA[:, :1])
+
+
+def measure_world(report: Report, bench: Bench) -> None:
+    """Print the table `world`."""
+    asked = bench.asked
+    worlds = {
+        name: begun(asked.run, SamplingConfig(guidance_scale=scale), seed=asked.seed)
+        for name, scale in (("plain", 1.0), ("guided", GUIDED))
+    }
+    times: dict[str, list[Times]] = {name: [] for name in worlds}
+    spec, r = worlds["plain"].model.spec, worlds["plain"].steps_per_latent
+    rng = np.random.default_rng(asked.seed)
+    held_TA = rng.integers(0, spec.actions.sizes, (8, spec.actions.num_slots)).repeat(4, axis=0)
+    for step in range(-20, 3 * asked.frames):  # the first warm up
+        slots_rA = np.tile(held_TA[step % len(held_TA)], (r, 1))
+        for name, world in worlds.items():
+            found = timed(partial(world.step, slots_rA), 1)
+            if step >= 0:
+                times[name].append(found)
+    plain_ms = 1e3 * middle(t.wall_s for t in times["plain"]) / r
+    rows = []
+    for name, own in times.items():
+        p50, p95 = (float(1e3 * n / r) for n in np.percentile([t.wall_s for t in own], [50, 95]))
+        rows.append(
+            {
+                "world": name,
                 "frames/s": 1e3 / p50,
                 "p50 ms": p50,
                 "p95 ms": p95,
-                "forwards/frame": float(np.mean(self.forwards[name])),
-                f"speed of {first}": base / (p50 / 1e3),
-                "same codes": float(np.mean(self.same[name])),
-                "state MB": self.rollouts[name].size_bytes / 1e6,
+                "CPU-ms": 1e3 * middle(t.cpu_s for t in own) / r,
+                "times plain": p50 / plain_ms,
+                "state MB": worlds[name].snapshot().size_bytes / 1e6,
             }
-
-
-def prompt(shards: TokenShards, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes_Bthw and slots_BTA of a held-out window."""
-    batch = Windows(shards, "validation", window_frames=frames).batch(0, size=1, seed=0)
-    return batch.codes_Bthw, batch.slots_BTA
-
-
-def started(model: DynamicsModel, shards: TokenShards, sampling: SamplingConfig) -> Rollout:
-    """Return a rollout whose cache is full."""
-    codes_Bthw, slots_BTA = prompt(shards, 8)
-    rollout = Rollout(model, codes_Bthw, slots_BTA, seeds=[0], sampling=sampling)
-    for step in range(model.config.context_frames - 8):
-        rollout.step(slots_BTA[:, step % 7 : step % 7 + 1])
-    return rollout
-
-
-def growing_cache(model: DynamicsModel, repeats: int) -> list[float]:
-    """Return seconds of frames of as many one-cell forwards with x-transformers' own cache."""
-    from x_transformers import Decoder as Peer
-
-    config, cells = model.config, model.grid.cells
-    peer = Peer(
-        dim=config.dim, depth=config.num_layers, heads=config.num_heads,
-        attn_dim_head=config.dim // config.num_heads, rotary_pos_emb=True, use_rmsnorm=True,
-        ff_glu=True, ff_swish=True, ff_mult=config.ff_mult, ff_no_bias=True, attn_flash=True,
-    ).eval()  # fmt: skip
-    seconds = []
-    past = (config.context_frames - 1) * cells
-    tokens_BLD = torch.randn(1, past + cells, config.dim)
-    with torch.inference_mode():
-        _, full = peer(tokens_BLD[:, :past], return_hiddens=True)
-        for _ in range(repeats):
-            cache, began = full, time.perf_counter()
-            for cell in range(cells):
-                _, cache = peer(tokens_BLD[:, : past + cell + 1], cache=cache, return_hiddens=True)
-            seconds.append(time.perf_counter() - began)
-    return seconds
-
-
-def decoders(sampling: SamplingConfig) -> dict[str, tuple[SamplingConfig, Decoder]]:
-    """Return what is compared."""
-    return {
-        "raster": (sampling, Raster()),
-        "jacobi": (sampling, Jacobi()),
-        "jacobi, all that is left": (sampling, Jacobi(reach=inf)),
-        "auto": (sampling, Auto()),
+        )
+    codes = spec.tokenizer.codes
+    about = {
+        "seed": asked.seed,
+        "threads": asked.threads,
+        "frames": 3 * asked.frames * r,
+        "codes": f"{codes.grid_height}x{codes.grid_width}",
+        "pixels": f"{spec.tokenizer.height}x{spec.tokenizer.width}",
+        "order": worlds["plain"].model.config.order,
+        "scale": GUIDED,
     }
+    report.table("world", rows, settings=about)
 
 
-def guided(sampling: SamplingConfig) -> dict[str, tuple[SamplingConfig, Decoder]]:
-    """Return a rollout without and with guidance, drawn by the default decoder."""
-    strong = replace(sampling, guidance_scale=2.0)
-    return {"off": (sampling, Jacobi()), "scale 2": (strong, Jacobi())}
+def compare_with_genie2(report: Report, bench: Bench, *, frames: int, rounds: int | None) -> None:
+    """Print a table `genie2`; theirs is slow, so rounds may be fewer than asked for."""
+    asked = bench.asked
+    frames, rounds = (2, 1) if asked.quick else (frames, rounds or asked.rounds)
+    with genie2_process(asked) as peer:
+        rows = generation.compare(peer, frames=frames, rounds=rounds, seed=asked.seed)
+    about = {**about_genie2(asked), "frames": frames, "rounds": rounds}
+    report.table(f"genie2, {frames} frames", rows, settings=about)
+
+
+def compare_guided_genie2(report: Report, bench: Bench) -> None:
+    """Print the table `genie2, guided`."""
+    asked = bench.asked
+    job = {"frames": 2 if asked.quick else 16, "rounds": asked.rounds}
+    with genie2_process(asked) as peer:
+        rows = generation.compare_guided(peer, **job, seed=asked.seed)
+    about = {**about_genie2(asked), "scale": generation.SCALE, **job}
+    report.table("genie2, guided", rows, settings=about)
+
+
+def about_genie2(asked: Any) -> dict[str, Any]:
+    """Return what its tables are made with."""
+    return {"seed": asked.seed, "threads": asked.threads,
+            "batch": genie2.BATCH, "cells": genie2.SIDE**2}  # fmt: skip
+
+
+@contextmanager
+def genie2_process(asked: Any) -> Iterator[genie2.Genie2Process]:
+    """Lend genie2-pytorch, installed first if it is not there."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = asked.peer or Path(folder)
+        genie2.install(where)
+        with genie2.Genie2Process(where, threads=asked.threads, seed=asked.seed) as peer:
+            yield peer
+
+
+TABLES: dict[str, Callable[[Report, Bench], None]] = {
+    "decoders": compare_decoders,
+    "guidance": compare_guidance,
+    "cache": compare_caches,
+    "layout": compare_layouts,
+    "world": measure_world,
+    "genie2": partial(compare_with_genie2, frames=16, rounds=3),
+    "genie2-guided": compare_guided_genie2,
+    "genie2-long": partial(compare_with_genie2, frames=64, rounds=3),
+}
 
 
 def main() -> None:
-    """Train, race, print."""
+    """Measure, print."""
     parser = arguments(__doc__ or "")
-    parser.add_argument("--seed", type=int, default=0, help="of game, training and noise")
-    parser.add_argument("--grid", type=int, action="append", help="4, 8 or 16; several times")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(TABLES),
+        help="all; without --run all but world; of a --quick run all that need no network",
+    )  # fmt: skip
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a demo's folder")
+    parser.add_argument("--models", type=Path, metavar="FOLDER", help="keep trained models there")
+    parser.add_argument("--peer", type=Path, metavar="FOLDER", help="keep genie2-pytorch there")
+    parser.add_argument("--grid", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--context", type=int, nargs="+", default=[8, 16], help="frames, 8 or more")
     parser.add_argument("--updates", type=int, default=300, help="of training, a model")
-    parser.add_argument("--frames", type=int, default=40, help="timed, a way")
-    parser.add_argument("--temperature", type=float, action="append", help="1.0; several times")
-    parser.add_argument("--shards", type=Path, help="learn these codes and no game")
+    parser.add_argument("--frames", type=int, default=60, help="timed, a decoder, at most")
+    parser.add_argument("--seconds", type=float, default=60, help="a table, about")
+    parser.add_argument("--rounds", type=int, default=7, help="of cache, layout, genie2-guided")
+    parser.add_argument("--temperature", type=float, default=SamplingConfig().temperature)
+    parser.add_argument("--min-p", type=float, default=SamplingConfig().min_p)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0, help="of game, training and noise")
     asked = parser.parse_args()
-    if asked.quick:
-        asked.grid, asked.updates, asked.frames = [4], 4, 16
-    report = Report("generate", quick=asked.quick, packages=("x-transformers",))
-    with tempfile.TemporaryDirectory() as folder:
-        for grid in [0] if asked.shards else asked.grid or [4, 8, 16]:
-            here = Path(folder) / str(grid)
-            shards = (
-                TokenShards(asked.shards)
-                if asked.shards
-                else write_game(
-                    here / "shards", grid, episodes=12 if asked.quick else 200, seed=asked.seed
-                )
-            )
-            compare(report, shards, here, asked)
-    report.write(asked.json)
-
-
-def compare(report: Report, shards: TokenShards, folder: Path, asked: Any) -> None:
-    """Print the tables of one grid."""
-    codes = shards.tokenizer.codes
-    grid = f"{codes.grid_height}x{codes.grid_width}"
-    settings = {"seed": asked.seed, "updates": asked.updates, "frames": asked.frames, "batch": 1}
-    models = {
-        order: learn(shards, folder / order, order=order, asked=asked)
-        for order in ("raster", "row", "frame")
-    }
-    _, slots_BTA = prompt(shards, 8)
-    warm_up = 13  # frames: auto has measured by then
-    slots_TA = slots_BTA[0].repeat(1 + (asked.frames + warm_up) // 7, 1)[: asked.frames + warm_up]
-    for temperature in asked.temperature or [1.0]:
-        sampling = SamplingConfig(temperature=temperature)
-        for order, context in (("raster", 8), ("raster", 16), ("row", 8)):
-            model = with_context(models[order], context)
-            race = Race(model, started(model, shards, sampling), decoders(sampling))
-            race.run(slots_TA, warm_up=warm_up)
-            here = {**settings, "temperature": temperature, "context frames": context}
-            title = f"decoders, {grid}, order {order}, context {context}, T {temperature}"
-            report.table(title, list(race.rows("raster")), settings=here)
-        rows: list[dict[str, Any]] = []
-        for order in ("frame", "raster"):
-            model = models[order]
-            race = Race(model, started(model, shards, sampling), guided(sampling))
-            race.run(slots_TA, warm_up=warm_up)
-            off, on = race.rows("off")
-            rows.append({
-                "order": order,
-                "off ms": off["p50 ms"],
-                "scale 2 ms": on["p50 ms"],
-                "cost": on["p50 ms"] / off["p50 ms"],
-                "cost a forward": (on["p50 ms"] / on["forwards/frame"])
-                / (off["p50 ms"] / off["forwards/frame"]),
-            })  # fmt: skip
-        report.table(f"guidance, {grid}, T {temperature}", rows, settings=settings)
-    peers(report, models["raster"], shards, title=f"peer, {grid}", settings=settings)
-
-
-def peers(
-    report: Report,
-    model: DynamicsModel,
-    shards: TokenShards,
-    /,
-    *,
-    title: str,
-    settings: Mapping[str, Any],
-) -> None:
-    """Print raster against a cache that grows, in turn."""
-    sampling = SamplingConfig(decoder="raster")
-    rollout = started(model, shards, sampling)
-    _, slots_BTA = prompt(shards, 8)
-    ours: list[float] = []
-    theirs: list[float] = []
-    for step in range(5):
-        began = time.perf_counter()
-        rollout.step(slots_BTA[:, step : step + 1])
-        ours.append(time.perf_counter() - began)
-        theirs += growing_cache(model, 1)
-    rows: Sequence[Mapping[str, Any]] = [
-        {"cache": "preallocated, with noise and sampling", "ms": milliseconds(ours)},
-        {"cache": "x-transformers' own, tokens alone", "ms": milliseconds(theirs)},
-        {"cache": "ratio", "ms": float(np.median(theirs) / np.median(ours))},
+    if min(asked.context) < rooms.CONTEXT_FRAMES:
+        parser.error(f"--context: must be {rooms.CONTEXT_FRAMES} or more, as models were trained")
+    names = asked.only or [
+        name
+        for name in TABLES
+        if (name != "world" or asked.run)
+        and (not name.startswith("genie2") or asked.peer or not asked.quick)
     ]
-    report.table(title, rows, settings=settings)
-
-
-def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
-    """Return median, least and greatest; the first warms up."""
-    return spread([1e3 * value for value in seconds[1:]])
+    if "world" in names and asked.run is None:
+        parser.error("--run: name a demo's folder, such as runs/demo (`make demo`)")
+    if asked.quick:
+        asked.grid, asked.context, asked.updates, asked.rounds = [4], [8], 4, 1
+        asked.frames, asked.seconds = 8, 1.0
+    torch.set_num_threads(asked.threads)
+    report = Report("generate", quick=asked.quick, packages=("x-transformers",))
+    with tempfile.TemporaryDirectory(prefix="worldloom-") as folder:
+        bench = Bench(asked, Path(folder))
+        for name in names:
+            TABLES[name](report, bench)
+            report.write(asked.json)
 
 
 if __name__ == "__main__":

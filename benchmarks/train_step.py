@@ -9,10 +9,15 @@ installed into a folder of its own (`--peer FOLDER` keeps it) and runs in a proc
 import of imagen_pytorch, which would need the network, finds an empty module. Its step: latents ->
 quantizer, whose codebook learns too -> forward -> losses of codes, quantizer and actions ->
 backward -> AdamW (fused). Ours: codes of as many windows of that size -> disturbance -> forward ->
-losses -> backward -> gradients clipped and checked -> AdamW (fused), in three forms: built as
+losses -> backward -> norm of the gradients, checked -> AdamW (fused), in three forms: built as
 theirs is (raster order, 4 residual streams, distance head, time positions, action head), the same
-with one stream, and the model with our defaults. Not by Muon, our default optimizer: what it costs
-an update depends on the model alone, and so few tokens do not pay for it.
+with one stream, and the model with our defaults. Theirs comes without an optimizer and a loop: both
+have the same one, neither clips, and both make their gradients anew at every step. Ours has tables
+that theirs lacks (a vector per code, a linear head); so its feed-forward layers are narrower, and
+no form has more parameters than theirs, nor 2% fewer.
+
+muon: one step of ours by Muon, our default optimizer, beside one of theirs by AdamW. What Muon
+costs an update depends on the model alone, and so few tokens do not pay for it.
 
 decoder: the whole loop of `worldloom train-dynamics` (windows from shards on disk, disturbance,
 losses, clipping, optimizer) against a bare x-transformers Decoder of the same width, depth, heads
@@ -22,6 +27,10 @@ Counted are predicted codes.
 
 limit: how much of an update of the demo's model (preset `demo`) is arithmetic that has to be: its
 matrix products alone, forward and backward, and its attention alone.
+
+products: a product with weights and its gradients, in float32, by torch as it comes and by oneDNN
+(onednn.py), of three sizes of weights: just below where ours asks oneDNN, just above, and a large
+one. All are read from memory: as many matrices of a size take turns as a cache cannot hold.
 
 options: an update of the small model of ablations.py, one option changed at a time.
 
@@ -33,10 +42,11 @@ Tables go to stdout, progress to stderr.
 """
 
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +73,10 @@ from worldloom.dynamics import (
     WindowBatch,
     Windows,
 )
-from worldloom.dynamics.disturbance import disturb
+from worldloom.dynamics.disturbance import disturb, mask_cells
 from worldloom.dynamics.learner import Learner
 from worldloom.dynamics.loading import Ahead
+from worldloom.dynamics.onednn import DifferentiableProduct
 from worldloom.pipelines.settings import preset_path, read_settings, stage_config
 from worldloom.pipelines.train_dynamics import TrainDynamicsConfig
 from x_transformers import Decoder
@@ -93,9 +104,11 @@ class Updates:
         return timed(self._update, steps)
 
     def _update(self) -> None:
-        batch, step = self.next_batch(), self.learner.step
-        rows = range(len(batch.valid_Bt))
+        batch = self.next_batch()
+        step, rows = self.learner.step, range(len(batch.valid_Bt))
         fed = disturb(batch, self.training, vocab_size=self.vocab_size, step=step, rows=rows)
+        if self.learner.dynamics.grid.refines:
+            fed = mask_cells(fed, self.training, step=step, rows=rows)
         update = self.learner.gradients(batch, fed)
         if not update.is_finite():
             raise SystemExit("train_step: the loss is no longer finite; nothing was measured")
@@ -124,16 +137,17 @@ def about(asked: Any) -> dict[str, Any]:
 
 
 def forms_of_ours() -> dict[str, tuple[DynamicsConfig, DynamicsTrainingConfig]]:
-    """Return ours as genie2-pytorch is, and as it is by itself."""
+    """Return ours as genie2-pytorch is, and as it is by itself; all about as large as that."""
     defaults = DynamicsConfig(
         num_layers=genie2.DEPTH,
         dim=genie2.DIM,
         num_heads=genie2.HEADS,
-        ff_mult=4.0,
+        ff_mult=3.625,
         context_frames=genie2.FRAMES,
     )
     theirs = replace(
         defaults,
+        ff_mult=3.0625,
         order="raster",
         num_meta_tokens=16,
         action_head=True,
@@ -148,6 +162,7 @@ def forms_of_ours() -> dict[str, tuple[DynamicsConfig, DynamicsTrainingConfig]]:
         window_frames=genie2.FRAMES,
         learning_rate=1e-4,
         optimizer="adamw",
+        clip=0.0,
     )
     return {
         "ours, built as theirs": (theirs, training),
@@ -158,6 +173,24 @@ def forms_of_ours() -> dict[str, tuple[DynamicsConfig, DynamicsTrainingConfig]]:
 
 def compare_with_genie2(report: Report, asked: Any) -> None:
     """Print the table `genie2`."""
+    race(report, asked, "genie2", forms_of_ours())
+
+
+def compare_muon(report: Report, asked: Any) -> None:
+    """Print the table `muon`."""
+    config, training = forms_of_ours()["ours, defaults"]
+    forms = {"ours, defaults, by Muon": (config, replace(training, optimizer="muon"))}
+    asked = Namespace(**{**vars(asked), "rounds": 1, "steps": 1, "warm": 1})
+    race(report, asked, "muon", forms)
+
+
+def race(
+    report: Report,
+    asked: Any,
+    table: str,
+    forms: dict[str, tuple[DynamicsConfig, DynamicsTrainingConfig]],
+) -> None:
+    """Print a table of forms of ours beside genie2-pytorch."""
     codes = CodeSpec(
         vocab_size=genie2.CODEBOOK_SIZE,
         grid_height=genie2.SIDE,
@@ -180,10 +213,16 @@ def compare_with_genie2(report: Report, asked: Any) -> None:
         peer = genie2.Genie2Process(folder, threads=asked.threads, seed=asked.seed)
         contenders: dict[str, Run] = {genie2.NAME: stack.enter_context(peer)}
         sizes = [peer.num_parameters]
-        for name, (config, training) in forms_of_ours().items():
+        for name, (config, training) in forms.items():
             model = DynamicsModel(config, spec, codebook_VZ, seed=asked.seed)
             contenders[name] = Updates(model, training, lambda: windows)
             sizes.append(num_parameters(model))
+            if not 0.98 * sizes[0] <= sizes[-1] <= sizes[0]:
+                raise SystemExit(
+                    f"train_step: {name} has {sizes[-1]} parameters beside the {sizes[0]} of "
+                    f"{genie2.NAME}, must be at most as many and at most 2% fewer; change its "
+                    "ff_mult in forms_of_ours"
+                )
         found = take_turns(contenders, rounds=asked.rounds, steps=asked.steps, warm=asked.warm)
     theirs = found[genie2.NAME]
     rows = [
@@ -198,7 +237,7 @@ def compare_with_genie2(report: Report, asked: Any) -> None:
         for (name, times), size in zip(found.items(), sizes, strict=True)
     ]
     settings = {**about(asked), "windows": genie2.BATCH, "frames": genie2.FRAMES}
-    report.table("genie2", rows, settings={**settings, "cells": genie2.SIDE**2, "type": "float32"})
+    report.table(table, rows, settings={**settings, "cells": genie2.SIDE**2, "type": "float32"})
 
 
 def random_spec(codes: CodeSpec, actions: ActionSpec) -> DynamicsSpec:
@@ -413,6 +452,60 @@ class Attentions:
             torch.autograd.grad(seen, self.parts, self.gradient)
 
 
+def compare_products(report: Report, asked: Any) -> None:
+    """Print the table `products`."""
+    rows = []
+    for inputs, outputs in ((192, 1280), (512, 512), (512, 3712)):
+        count = 1 if asked.quick else max(1, 2**26 // (4 * inputs * outputs))
+        weights = [nn.Parameter(torch.randn(outputs, inputs)) for _ in range(count)]
+        for tokens in (64,) if asked.quick else (16, 64, 256, 1024, 4096):
+            fed, gradient = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
+            ways = {
+                "torch": OneProduct(nn.functional.linear, weights, fed, gradient),
+                "oneDNN": OneProduct(learned_product, weights, fed, gradient),
+            }
+            steps = 1 if asked.quick else max(3, 2**15 // tokens // 32)
+            found = take_turns(ways, rounds=asked.rounds, steps=steps, warm=asked.warm)
+            torchs, own = found["torch"], found["oneDNN"]
+            rows.append({
+                "weights": f"{outputs} x {inputs}",
+                "tokens": tokens,
+                "torch, ms": spread([1e3 * t.wall_s for t in torchs]),
+                "oneDNN, ms": spread([1e3 * t.wall_s for t in own]),
+                "times as fast": ratios([t.wall_s for t in torchs], [t.wall_s for t in own]),
+            })  # fmt: skip
+    settings = {name: getattr(asked, name) for name in ("threads", "rounds")}
+    report.table("products", rows, settings={**settings, "type": "float32"})
+
+
+def learned_product(fed: Tensor, weight: Tensor) -> Tensor:
+    """Multiply as training does."""
+    out: Tensor = DifferentiableProduct.apply(fed, weight, None)
+    return out
+
+
+class OneProduct:
+    """A product and its gradients, each time with other weights."""
+
+    def __init__(
+        self,
+        multiply: Callable[[Tensor, Tensor], Tensor],
+        weights: list[nn.Parameter],
+        fed: Tensor,
+        gradient: Tensor,
+    ) -> None:
+        self.multiply, self.weights = multiply, cycle(weights)
+        self.fed, self.gradient = fed.clone().requires_grad_(), gradient
+
+    def __call__(self, steps: int) -> Times:
+        """Do a round."""
+        return timed(self._once, steps)
+
+    def _once(self) -> None:
+        weight = next(self.weights)
+        torch.autograd.grad(self.multiply(self.fed, weight), (self.fed, weight), self.gradient)
+
+
 def compare_options(report: Report, asked: Any) -> None:
     """Print the table `options`."""
     model, training = MODEL, replace(TRAINING, batch_windows=16)
@@ -448,8 +541,10 @@ def compare_options(report: Report, asked: Any) -> None:
 
 TABLES: dict[str, Callable[[Report, Any], None]] = {
     "genie2": compare_with_genie2,
+    "muon": compare_muon,
     "decoder": in_both_types(compare_with_decoder),
     "limit": in_both_types(compare_with_limit),
+    "products": compare_products,
     "options": compare_options,
 }
 
@@ -471,7 +566,8 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     packages = ("x-transformers", "accelerate", "vector-quantize-pytorch")
     report = Report("train_step", quick=asked.quick, packages=packages)
-    names = asked.only or [n for n in TABLES if n != "genie2" or asked.peer or not asked.quick]
+    local = [name for name in TABLES if name not in ("genie2", "muon")]
+    names = asked.only or (list(TABLES) if asked.peer or not asked.quick else local)
     for name in names:
         TABLES[name](report, asked)
         report.write(asked.json)

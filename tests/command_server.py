@@ -27,6 +27,8 @@ class Ended:
     code: int
     out: str
     err: str
+    cpu_s: float
+    """Seconds that a core was busy with it; others that are busy do not lengthen them."""
 
 
 def quiet_environment() -> dict[str, str]:
@@ -53,9 +55,9 @@ class Running:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
     def wait(self) -> Ended:
-        code = self._server.ask({"wait": self.pid})["code"]
+        ended = self._server.ask({"wait": self.pid})
         out, err = (Path(f"{self._stem}.{name}").read_text() for name in ("out", "err"))
-        return Ended(code, out, err)
+        return Ended(ended["code"], out, err, ended["cpu_s"])
 
 
 class CommandServer:
@@ -122,8 +124,9 @@ def _serve() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         if "wait" in job:
-            _, status = os.waitpid(job["wait"], 0)
-            answer = {"code": os.waitstatus_to_exitcode(status)}
+            _, status, used = os.wait4(job["wait"], 0)
+            cpu_s = used.ru_utime + used.ru_stime
+            answer = {"code": os.waitstatus_to_exitcode(status), "cpu_s": cpu_s}
         else:
             pid = os.fork()
             if pid == 0:

@@ -77,17 +77,20 @@ def is_running(pid: int) -> bool:
     """Whether a process has not ended."""
     try:
         return _stat(pid)[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it may end while it is read
         return False
 
 
 def descendants(pid: int) -> list[int]:
     """Return the processes that a process started, and those that these did."""
-    found = [pid]
-    every = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
-    parents = {child: parent_of(child) for child in every if is_running(child)}
-    for parent in found:  # grows as it goes
-        found += [child for child in every if parents.get(child) == parent]
+    found, parents = [pid], {}
+    for child in [int(name) for name in os.listdir("/proc") if name.isdecimal()]:
+        with suppress(FileNotFoundError, ProcessLookupError):  # it may end while it is read
+            state, parent = _stat(child)[:2]
+            if state != "Z":
+                parents[child] = int(parent)
+    for ancestor in found:  # grows as it goes
+        found += [child for child, parent in parents.items() if parent == ancestor]
     return found[1:]
 
 

@@ -2,9 +2,11 @@
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from video_worlds import played, write_actions, write_video
@@ -29,9 +31,10 @@ SMALLER = {
         "--training.batch-windows 2 --training.no-bf16"
     ),
     "generate": "--device cpu",
+    "play": "--device cpu --port 0",
     "evaluate": "--device cpu",
 }
-ORDER = ["record", "train-tokenizer", "tokenize", "train-dynamics", "generate",
+ORDER = ["record", "train-tokenizer", "tokenize", "train-dynamics", "generate", "play",
          "ingest", "info", "record", "tokenize", "shards", "train-dynamics",
          "train-tokenizer", "evaluate"]  # fmt: skip
 LAST = {"info", "evaluate"}  # after these there is nothing to go on with
@@ -56,7 +59,25 @@ def without(words: list[str], flags: list[str]) -> list[str]:
     return kept
 
 
+def open_the_page(line: list[str], folder: Path) -> None:
+    """Do what the reader does: start it, open the address that it prints, end it with Ctrl-C."""
+    command = [sys.executable, "-m", "worldloom.pipelines", *line]
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as playing:
+        said = ""
+        try:
+            for row in playing.stderr:
+                said += row
+                if found := re.search(r"open (http://\S+)", row):
+                    with urlopen(found[1], timeout=30) as page:
+                        assert b"<canvas" in page.read()
+                    playing.send_signal(signal.SIGINT)
+            assert playing.wait(30) == 130, said
+        finally:
+            playing.kill()
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # more than a dozen commands, and others may be busy with the machine
 def test_the_commands_of_the_readme_lead_from_a_game_to_a_video(tmp_path):
     commands = readme_commands()
     assert [words[1] for words in commands] == ORDER
@@ -67,6 +88,9 @@ def test_the_commands_of_the_readme_lead_from_a_game_to_a_video(tmp_path):
     for words in commands:
         smaller = SMALLER[words[1]].split()
         line = [*without(words[1:], smaller), *smaller]
+        if words[1] == "play":
+            open_the_page(line, tmp_path)
+            continue
         ran = subprocess.run(
             [sys.executable, "-m", "worldloom.pipelines", *line],
             cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
@@ -79,5 +103,12 @@ def test_the_commands_of_the_readme_lead_from_a_game_to_a_video(tmp_path):
     }  # fmt: skip
     assert (tmp_path / "runs/doom/tokenizer-evaluation/reconstructions.png").is_file()
     assert (tmp_path / "runs/mine/preview.png").is_file()
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "".join(blocks)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert len(blocks) == 1
     # Games leave no litter behind.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recordings", "runs"]

@@ -1,15 +1,18 @@
 """PyPI's genie2-pytorch, in a process of its own that computes when it is its turn.
 
-install(folder)               ->  the package alone, none of what it depends on that we have too
-Genie2Process(folder)(steps)  ->  Times of so many training steps
+install(folder)                         ->  the package, none of what it needs that we have too
+Genie2Process(folder)(steps)            ->  Times of so many training steps
+Genie2Process(folder).generate(frames)  ->  Times of so many frames, from the first of its windows
+Genie2Process(folder).forwards(...)     ->  Times of the forwards for one frame after so many
 
-Run by itself (it is the process) it reads from stdin how many steps to do, and answers with JSON.
+Run by itself (it is the process) it reads from stdin what to do, and answers with JSON.
 """
 
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +69,20 @@ class Genie2Process:
         self._process.communicate()  # the end of stdin is its end
 
     def __call__(self, steps: int) -> Times:
-        """Let it do a round."""
+        """Let it do a round of training steps."""
+        return self._ask(f"train {steps}")
+
+    def generate(self, frames: int) -> Times:
+        """Let it generate: seconds are of all frames. It takes no actions unless a person types."""
+        return self._ask(f"generate {frames}")
+
+    def forwards(self, steps: int, *, frames: int, cond_scale: float) -> Times:
+        """Let it run the forwards for the cells of a frame after so many, actions given."""
+        return self._ask(f"forwards {steps} {frames} {cond_scale}")
+
+    def _ask(self, line: str) -> Times:
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
         return Times(*self._answer())
 
@@ -104,13 +118,38 @@ def serve(threads: int, seed: int) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    @torch.no_grad()
+    def forwards(frames: int, cond_scale: float) -> None:
+        model.eval()
+        cells = SIDE * SIDE
+        codes = torch.randint(0, CODEBOOK_SIZE, (BATCH, (frames + 1) * cells))
+        actions = torch.randint(0, NUM_ACTIONS, (BATCH, frames + 1, 1))
+        for cell in range(cells):
+            model.forward_with_cfg(
+                state_codes=codes[:, : frames * cells + cell],
+                time_seq_len=frames + 1,
+                actions=actions,
+                cond_scale=cond_scale,
+            )
+        model.train()
+
     def answer(value: Any) -> None:
         sys.stdout.write(json.dumps(value) + "\n")
         sys.stdout.flush()
 
     answer(sum(p.numel() for p in model.parameters()))
     for line in sys.stdin:
-        times = timed(step, int(line))
+        match line.split():
+            case ["train", steps]:
+                times = timed(step, int(steps))
+            case ["generate", frames]:
+                job = partial(model.generate, video[:, :, 0], num_frames=int(frames))
+                times = timed(job, 1)
+            case ["forwards", steps, frames, cond_scale]:
+                job = partial(forwards, int(frames), float(cond_scale))
+                times = timed(job, int(steps))
+            case _:
+                raise SystemExit(f"{NAME}: asked {line!r}, knows train, generate and forwards")
         answer([times.wall_s, times.cpu_s])
 
 

@@ -28,7 +28,8 @@ PUBLIC = {
     "read_metrics", "read_toml", "remove_leftovers", "save_checkpoint", "save_model", "say",
     "set_learning_rate",
     "shard_bytes", "shard_name", "storage_errors", "stream", "stream_episodes", "to_json",
-    "to_plain", "warmup_cosine", "warmup_stable_decay", "write_bytes", "write_json",
+    "to_plain", "warmup_cosine", "warmup_stable_decay", "write_atomic", "write_bytes",
+    "write_json",
     "write_manifest", "write_shard",
 }  # fmt: skip
 

@@ -116,11 +116,11 @@ def read_or_refuse(may_refuse):
 
 def _read_or_refuse(may_refuse, content):
     """Only an array or a FormatError may come of any bytes, and soon."""
-    began = time.monotonic()
+    began = time.process_time()  # others may be busy with the machine
     with may_refuse(FormatError, "fuzz: "):
         array = npy_array(content, where="fuzz")
         assert array.nbytes <= len(content)
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 @settings(max_examples=2000)

@@ -17,6 +17,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Toys too go through the products that are laid out for generating, as real models do.
+
+    The pipelines' tests leave them alone.
+    """
+    monkeypatch.setattr("worldloom.dynamics.linear._PACKED_FROM", 1)
+
+
 @pytest.fixture(scope="session")
 def mover_shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
     """Six walks of twelve frames; e5 is held out. Do not change them."""

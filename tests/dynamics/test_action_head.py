@@ -183,7 +183,7 @@ def action_logits(model: DynamicsModel, codes_Bthw, slots_BTA) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", SEEN.values(), ids=list(SEEN))
-@pytest.mark.parametrize("order", ["raster", "row", "frame"])
+@pytest.mark.parametrize("order", ["raster", "row", "frame", "masked"])
 def test_neither_the_frame_after_an_action_nor_the_action_reaches_its_prediction(order, options):
     model = make_model(order=order, action_head=True, context_frames=6, **options)
     codes_Bthw, slots_BTA = random_codes(model, 6, batch=1), actions(STEER, 1, 5)
@@ -222,7 +222,7 @@ def test_a_symbol_is_predicted_from_those_before_it_alone(spec):
             assert not torch.equal(before_BfLX[:, :, place + 1], after_BfLX[:, :, place + 1])
 
 
-@pytest.mark.parametrize("order", ["raster", "row", "frame"])
+@pytest.mark.parametrize("order", ["raster", "row", "frame", "masked"])
 def test_cached_tokens_choose_the_actions_that_training_would(order):
     """Frame by frame through the cache, and with no tokens before the first frame."""
     model = make_model(

@@ -147,10 +147,12 @@ assert grown < 0.5e9, grown
 
 def test_the_measured_times_are_of_real_updates_and_leave_nothing_behind():
     before = torch.get_rng_state()
-    one, eight = (
-        measured_times_s(SIZES, spec(), training=TRAINING, windows=count, cpu=True)
-        for count in (1, 64)
-    )
-    assert min(*one, *eight) > 0
-    assert eight[0] > 2 * one[0]
+    one, many = [], []
+    for _ in range(3):  # others may be busy with the machine: the least is what it takes
+        for count, times in ((1, one), (64, many)):
+            times.append(
+                measured_times_s(SIZES, spec(), training=TRAINING, windows=count, cpu=True)
+            )
+    assert min(seconds for both in (*one, *many) for seconds in both) > 0
+    assert min(gradients for gradients, _ in many) > 2 * min(gradients for gradients, _ in one)
     assert torch.equal(torch.get_rng_state(), before)

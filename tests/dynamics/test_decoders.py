@@ -10,8 +10,8 @@ from dynamics.toys import ACTIONS, OPTIONS, code_spec, make_model, random_codes,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from worldloom.common import ConfigError
-from worldloom.dynamics import NULL, Rollout, SamplingConfig
-from worldloom.dynamics.decoders import Auto, Jacobi, Raster, open_decoder
+from worldloom.dynamics import NULL, Rollout, SamplingConfig, decoders_of
+from worldloom.dynamics.decoders import Auto, Jacobi, MaskGIT, Raster, open_decoder
 from worldloom.dynamics.guidance import guide
 from worldloom.dynamics.sampling import keyed_gumbel
 
@@ -104,6 +104,31 @@ def test_jacobi_grows_wider_while_its_guesses_are_right_and_narrower_while_they_
     assert calls[39][1] <= 16
 
 
+@pytest.mark.parametrize("moved_by", [-9, -1, 1, 8])
+def test_jacobi_takes_few_forwards_where_the_picture_has_moved_as_a_whole(moved_by):
+    """Each code follows the one beside it, so whatever comes of a wrong guess is wrong, too."""
+    before_BSQ = torch.randperm(64, generator=torch.Generator().manual_seed(0))[None, :, None]
+    after_BSQ = before_BSQ.roll(moved_by, dims=1)
+    successor = dict(zip(after_BSQ[0, :-1, 0].tolist(), after_BSQ[0, 1:, 0].tolist(), strict=True))
+
+    class Neighbours:
+        group, calls = 1, 0
+
+        def __call__(self, cells: slice, codes_BSQ: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            drawn_BsQ = codes_BSQ[:, cells].clone()
+            for cell in range(cells.start, cells.stop):
+                beside = int(codes_BSQ[0, cell - 1, 0])
+                code = successor.get(beside, 0) if cell else int(after_BSQ[0, 0, 0])
+                drawn_BsQ[0, cell - cells.start, 0] = code
+            return drawn_BsQ
+
+    draw = Neighbours()
+    assert torch.equal(Jacobi().decide(draw, before_BSQ), after_BSQ)
+    # It sees that it moved after three codes, and that what moved in from the border did not.
+    assert draw.calls <= 20
+
+
 def watched(draw: HashDraw, sizes: list[int]) -> HashDraw:
     """The same draw, which notes how many cells it was asked for."""
 
@@ -132,12 +157,44 @@ def test_auto_stays_with_the_fastest(cost):
     assert isinstance(auto.chosen, Jacobi if cost == "per call" else Raster)
 
 
-def test_decoders_are_found_by_name_and_no_other():
-    assert isinstance(open_decoder("raster"), Raster)
-    assert isinstance(open_decoder("jacobi"), Jacobi)
-    assert isinstance(open_decoder("auto"), Auto)
-    with pytest.raises(ConfigError, match=r"decoder is 'maskgit.*jacobi, raster, auto"):
-        SamplingConfig(decoder="maskgit")  # type: ignore[arg-type]
+DECODERS = {
+    "raster": {"own": Jacobi, "jacobi": Jacobi, "raster": Raster, "auto": Auto},
+    "row": {"own": Jacobi, "jacobi": Jacobi, "row": Raster, "raster": Raster, "auto": Auto},
+    "frame": {"own": Raster, "frame": Raster, "raster": Raster, "jacobi": Jacobi, "auto": Auto},
+    "masked": {"own": MaskGIT, "maskgit": MaskGIT, "auto": MaskGIT},
+}
+"""Order -> the names that its models take, and what decides then."""
+NAMES = ("own", "jacobi", "raster", "row", "frame", "auto", "maskgit")
+
+
+@pytest.mark.parametrize("order", DECODERS)
+def test_every_order_has_its_decoders_and_another_is_refused_where_it_meets_the_model(order):
+    model, taken = make_model(order=order), DECODERS[order]
+    assert ["own", *decoders_of(order)] == list(taken)
+    prompt_Bthw, slots_BTA = random_codes(model, 1), random_slots(model, 1)
+    start = {"seeds": [0, 1], "sampling": SamplingConfig()}
+    rollout = Rollout(model, prompt_Bthw, slots_BTA, **start)
+    own = rollout.sampling
+    assert own.decoder == decoders_of(order)[0]
+    for name in NAMES:
+        way = SamplingConfig(decoder=name)
+        if name in taken:
+            assert type(open_decoder(name, order)) is taken[name]
+            rollout.sampling = way
+            rollout.sampling = own
+            continue
+        sentence = f"decoder is {name}, but this model's order is {order}, .* {', '.join(taken)}"
+        sentence = sentence.replace("own, ", "")
+        with pytest.raises(ConfigError, match=sentence):
+            Rollout(model, prompt_Bthw, slots_BTA, **{**start, "sampling": way})
+        with pytest.raises(ConfigError, match=sentence):
+            rollout.sampling = way
+        assert rollout.sampling == own
+
+
+def test_a_decoder_that_there_is_not_is_refused():
+    with pytest.raises(ConfigError, match=r"decoder is 'fastest', must be one of own, jacobi"):
+        SamplingConfig(decoder="fastest")  # type: ignore[arg-type]
 
 
 def roll(model, prompt_Bthw, slots_BTA, sampling, *, seeds, frames, restore_at=None):
@@ -190,7 +247,20 @@ def assert_same_or_tied(model, one_Bthw, other_Bthw, slots_BTA, sampling, seeds,
 @pytest.mark.slow
 @settings(max_examples=40)
 @given(
-    order=st.sampled_from(["raster", "row"]),
+    way=st.sampled_from(
+        [
+            ("raster", "jacobi"),
+            ("raster", "jacobi"),
+            ("raster", "auto"),
+            ("raster", "own"),
+            ("row", "jacobi"),
+            ("row", "row"),
+            ("row", "auto"),
+            ("frame", "frame"),
+            ("frame", "jacobi"),
+            ("frame", "auto"),
+        ]
+    ),
     options=st.sampled_from([{}, *OPTIONS.values()]),
     kind=st.sampled_from(sorted(ACTIONS)),
     batch=st.sampled_from([1, 8]),
@@ -199,13 +269,13 @@ def assert_same_or_tied(model, one_Bthw, other_Bthw, slots_BTA, sampling, seeds,
     min_p=st.sampled_from([0.0, 0.1]),
     scale=st.sampled_from([1.0, 2.0]),
     sureness=st.sampled_from([0.1, 1.0, 5.0]),
-    decoder=st.sampled_from(["jacobi", "jacobi", "auto"]),
     seed=st.integers(0, 1000),
 )
 def test_every_exact_decoder_gives_rasters_codes(
-    order, options, kind, batch, levels, temperature, min_p, scale, sureness, decoder, seed
+    way, options, kind, batch, levels, temperature, min_p, scale, sureness, seed
 ):
     """Models that know nothing and models that are sure; long after the window has slid."""
+    order, decoder = way
     codes = code_spec(height=2, width=4, vocab_size=16, num_levels=levels)
     model = make_model(codes, ACTIONS[kind], seed=seed, order=order, **options)
     with torch.no_grad():
@@ -234,17 +304,26 @@ def test_every_exact_decoder_gives_rasters_codes(
     assert forwards <= most == (frames - first) * len(model.grid.groups())
 
 
-@pytest.mark.parametrize(("order", "scale"), [("raster", 1.0), ("raster", 2.5), ("row", 2.5)])
-def test_jacobi_gives_rasters_codes_after_the_window_has_slid_100_times(order, scale):
+@pytest.mark.parametrize(
+    ("order", "scale", "decoder"),
+    [
+        ("raster", 1.0, "jacobi"), ("raster", 2.5, "jacobi"), ("row", 2.5, "jacobi"),
+        ("row", 1.0, "row"), ("frame", 2.5, "frame"), ("raster", 2.5, "auto"),
+    ],
+)  # fmt: skip
+def test_exact_decoders_give_rasters_codes_after_the_window_has_slid_100_times(
+    order, scale, decoder
+):
     model = make_model(code_spec(height=2, width=3), order=order)
     prompt_Bthw, slots_BTA = random_codes(model, 2), random_slots(model, 106)
     way = SamplingConfig(temperature=0.7, guidance_scale=scale, decoder="raster")
-    (raster_Bthw, most), (jacobi_Bthw, forwards) = (
+    (raster_Bthw, most), (found_Bthw, forwards) = (
         roll(model, prompt_Bthw, slots_BTA, sampling, seeds=[0, 1], frames=106)
-        for sampling in (way, replace(way, decoder="jacobi"))
+        for sampling in (way, replace(way, decoder=decoder))
     )
-    assert_same_or_tied(model, raster_Bthw, jacobi_Bthw, slots_BTA, way, [0, 1], 2)
-    assert forwards < most or order == "row"  # of two rows one is guessed right too rarely
+    assert_same_or_tied(model, raster_Bthw, found_Bthw, slots_BTA, way, [0, 1], 2)
+    # Of two rows one is guessed right too rarely.
+    assert forwards < most or order != "raster"
 
 
 def test_noise_too_large_to_keep_is_the_noise_that_is_kept(monkeypatch):
@@ -260,7 +339,7 @@ def test_noise_too_large_to_keep_is_the_noise_that_is_kept(monkeypatch):
 def test_the_order_frame_takes_one_forward_whatever_the_decoder():
     model = make_model(order="frame")
     prompt_Bthw, slots_BTA = random_codes(model, 1), random_slots(model, 6)
-    for name in ("raster", "jacobi", "auto"):
+    for name in ("own", "frame", "raster", "jacobi", "auto"):
         way = SamplingConfig(decoder=name)
         _, forwards = roll(model, prompt_Bthw, slots_BTA, way, seeds=[0, 1], frames=6)
         assert forwards == 5

@@ -210,19 +210,20 @@ def test_a_folder_without_actions_may_stand_first_and_the_model_knows_the_others
 @pytest.mark.slow
 def test_what_actions_do_is_learned_from_the_episodes_that_have_some(tmp_path):
     """Two of three walks have none; a rollout under true actions is then right in every cell."""
-    silent = tuple(number for number in range(48) if number % 3)
-    shards = half(tmp_path / "shards", lengths=(12,) * 48, silent=silent, held_out=8)
+    # Of 48 walks, 14 that it learns from have actions, and some moves are met too seldom.
+    silent = tuple(number for number in range(120) if number % 3)
+    shards = half(tmp_path / "shards", lengths=(12,) * 120, silent=silent, held_out=8)
     model = train(
         shards.folder,
         tmp_path / "run",
         model=tiny(context_frames=6),
-        num_steps=500,
+        num_steps=600,  # with 400 it depended on how a processor rounds
         batch_windows=32,
         window_frames=8,
-        learning_rate=1e-2,
+        learning_rate=5e-3,
         corruption=0.0,
-        validate_every=500,
-        checkpoint_every=500,
+        validate_every=600,
+        checkpoint_every=600,
     )
     windows = Windows(shards, "validation", window_frames=6)
     scores = validate(DynamicsModel.from_pretrained(model), windows, seed=1, num_windows=64)

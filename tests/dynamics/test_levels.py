@@ -32,7 +32,7 @@ from worldloom.dynamics.losses import num_right
 from worldloom.dynamics.sampling import keyed_gumbel
 from worldloom.dynamics.sequence import flatten_codes, unflatten_codes
 
-ORDERS = ("raster", "row", "frame")
+ORDERS = ("raster", "row", "frame", "masked")
 THREE = code_spec(num_levels=3)
 
 

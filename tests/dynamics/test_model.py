@@ -7,12 +7,12 @@ from dynamics.toys import ACTIONS, code_spec, codebook_VZ, make_model, random_co
 from worldloom.common import ConfigError, FormatError, MismatchError, ShapeError, save_model
 from worldloom.dynamics import NULL, DynamicsModel
 
-ORDERS = ("raster", "row", "frame")
+ORDERS = ("raster", "row", "frame", "masked")
 
 
 def seen_cells(order: str, cell: int, width: int) -> range:
     """The cells of its own frame that a cell may know, by the definition of the orders."""
-    return range({"raster": cell, "row": cell // width * width, "frame": 0}[order])
+    return range({"raster": cell, "row": cell // width * width}.get(order, 0))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -93,7 +93,7 @@ def test_one_layer_sees_as_many_frames_as_the_context_and_no_more(order):
     edited_Bthw[:, 2] = (edited_Bthw[:, 2] + 1) % 32
     differs_f = (before_BfSV != model(edited_Bthw, slots_BTA)).flatten(2).any(-1).all(0)
     # A frame's tokens are fed frame f - 1; they see the tokens of 3 frames, so back to f - 3.
-    own = order != "frame"
+    own = order in ("raster", "row")
     assert differs_f.tolist() == [False, own, True, True, True, False, False]
 
 
@@ -136,7 +136,28 @@ def test_the_last_windows_mask_is_kept_and_no_other():
         model(random_codes(model, frames), random_slots(model, frames))
     key, (_, sight) = model.layout._kept
     assert key[0] == 4
-    assert sight.mask_LM.shape == (3 * 12, 5 + 3 * 12)
+    assert sight.length == 3 * 12
+    assert [block.mask_LM.shape for block in sight.blocks] == [(3 * 12, 5 + 3 * 12)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("num_meta_tokens", [0, 4])
+def test_long_windows_are_looked_at_in_blocks_and_that_changes_nothing(
+    order, num_meta_tokens, monkeypatch
+):
+    """Of 96 tokens, of which a block sees what its mask says and no more."""
+    codes = code_spec(height=2, width=4)
+    model = make_model(codes, order=order, num_meta_tokens=num_meta_tokens, context_frames=5)
+    codes_Bthw, slots_BTA = random_codes(model, 12), random_slots(model, 12)
+    whole_BfSV = model.double()(codes_Bthw, slots_BTA)
+    model.layout._kept = None
+    monkeypatch.setattr("worldloom.dynamics.sight._BLOCK_ROWS", 10)
+    assert (model(codes_Bthw, slots_BTA) - whole_BfSV).abs().max() < 1e-12
+    blocks = model.layout._kept[1][1].blocks
+    assert len(blocks) > 7
+    assert any(block.first > 0 for block in blocks)
+    scores = sum(block.mask_LM.numel() for block in blocks)
+    assert scores < 0.6 * sum(block.rows for block in blocks) ** 2
 
 
 def test_training_goes_on_after_a_forward_in_inference_mode():

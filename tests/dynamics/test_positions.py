@@ -9,6 +9,7 @@ from dynamics.toys import make_model, random_codes, random_slots
 from worldloom.dynamics.positions import Axes, beside, in_space, in_time, no_place, rotate
 from worldloom.dynamics.sequence import (
     Grid,
+    earlier_frames,
     shift_before,
     shift_beside,
     sight_mask,
@@ -16,7 +17,7 @@ from worldloom.dynamics.sequence import (
     time_mask,
 )
 
-ORDERS = ("raster", "row", "frame")
+ORDERS = ("raster", "row", "frame", "masked")
 
 
 def rotary(frames_L, rows_L, columns_L, *, head_dim, positions="axial"):
@@ -129,7 +130,7 @@ def tokens_of(grid, frames):
 
 def sees_in_frame(grid, cell, other):
     """Whether a token sees another of its own frame, by the words of the docstrings."""
-    group = {"raster": 1, "row": grid.width, "frame": grid.cells}[grid.order]
+    group = {"raster": 1, "row": grid.width}.get(grid.order, grid.cells)
     if other < 0:
         return True
     return cell >= 0 and other // group <= cell // group
@@ -141,8 +142,8 @@ def sees_in_frame(grid, cell, other):
 def test_the_mask_is_its_definition(order, num_meta, lead):
     grid = Grid(2, 3, order, lead=lead)
     tokens = tokens_of(grid, 5)
-    frames = 5 - grid.first_frame
-    mask_LM = sight_mask(grid, frames=frames, context_frames=2, num_meta=num_meta)
+    earlier_ff = earlier_frames(frames=5 - grid.first_frame, context_frames=2, twice=False)
+    mask_LM = sight_mask(grid, earlier_ff, num_meta=num_meta)
     assert mask_LM.shape == (len(tokens), num_meta + len(tokens))
     for i, (frame, cell) in enumerate(tokens):
         assert mask_LM[i, :num_meta].all()
@@ -152,12 +153,42 @@ def test_the_mask_is_its_definition(order, num_meta, lead):
             assert mask_LM[i, num_meta + j] == (one_before or in_frame)
 
 
+@pytest.mark.parametrize("lead", [0, 2])
+def test_tokens_that_refine_see_what_the_others_see_and_nobody_of_another_frame_sees_them(lead):
+    grid = Grid(2, 3, "masked", lead=lead)
+    once, twice = (earlier_frames(frames=4, context_frames=2, twice=both) for both in (False, True))
+    plain_LM = sight_mask(grid, once, num_meta=2)
+    length = len(plain_LM)
+    mask_LM = sight_mask(grid, twice, num_meta=2)
+    assert mask_LM.shape == (2 * length, 2 + 2 * length)
+    assert torch.equal(mask_LM[:length, : 2 + length], plain_LM)
+    assert not mask_LM[:length, 2 + length :].any()
+    frames_L = torch.arange(4).repeat_interleave(grid.tokens)
+    same_LL = frames_L[:, None] == frames_L[None, :]
+    own_LL = plain_LM[:, 2:] & same_LL
+    behind_LM = mask_LM[length:]
+    assert behind_LM[:, :2].all()
+    assert torch.equal(behind_LM[:, 2 : 2 + length], plain_LM[:, 2:] & ~same_LL)
+    assert torch.equal(behind_LM[:, 2 + length :], own_LL)
+    # And so do the factors.
+    along_fM = time_mask(twice, num_meta=1).int()
+    assert along_fM[4:].tolist() == [
+        [1, 0, 0, 0, 0, 1, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 1, 0, 0],
+        [1, 0, 1, 0, 0, 0, 0, 1, 0],
+        [1, 0, 0, 1, 0, 0, 0, 0, 1],
+    ]
+    assert torch.equal(along_fM[:4, :5], time_mask(once, num_meta=1).int())
+    assert not along_fM[:4, 5:].any()
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("lead", [0, 2])
 def test_the_factors_of_a_mask_are_their_definitions(order, lead):
     grid = Grid(2, 3, order, lead=lead)
     within = space_mask(grid, frames=3, num_meta=4)
-    frame_before = order != "frame"  # its cells are decided together, and see all of it anyway
+    # Cells that are decided together see all of their frame anyway.
+    frame_before = order in ("raster", "row")
     assert within.shape == (3, 1, grid.tokens, 4 + (1 + frame_before) * grid.tokens)
     assert within[..., :4].all()
     assert torch.equal(within[0, 0, :, -grid.tokens :], grid.own_sight())
@@ -169,7 +200,7 @@ def test_the_factors_of_a_mask_are_their_definitions(order, lead):
     for cell in range(-lead, grid.cells):
         for other in range(-lead, grid.cells):
             assert own_TT[lead + cell, lead + other] == sees_in_frame(grid, cell, other)
-    along = time_mask(frames=4, context_frames=2, num_meta=1)
+    along = time_mask(earlier_frames(frames=4, context_frames=2, twice=False), num_meta=1)
     assert along.int().tolist() == [
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from worldloom.common import ConfigError, FormatError, ShapeError
 from worldloom.dynamics import NULL, Rollout, SamplingConfig, generate_codes
 
-ORDERS = ("raster", "row", "frame")
-GREEDY = SamplingConfig(temperature=0.0)
+ORDERS = ("raster", "row", "frame", "masked")
+GREEDY = SamplingConfig(temperature=0.0, refinements=1)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -55,10 +55,12 @@ def test_a_greedy_rollout_takes_what_the_full_forward_finds_likeliest(
         seeds=[0, 1],
         sampling=GREEDY,
     )
-    likeliest_BfN = model(generated_Bthw, slots_BTA).argmax(-1).flatten(2)
+    logits_BfNV = model(generated_Bthw, slots_BTA).reshape(2, 9, 12 * num_levels, -1)
     assert generated_Bthw.shape == (2, *model.spec.tokenizer.codes.codes_shape(10))
-    made = slice(prompt_frames, None)
-    assert torch.equal(generated_Bthw.flatten(2)[:, made], likeliest_BfN[:, prompt_frames - 1 :])
+    taken_BfN1 = generated_Bthw[:, 1:].flatten(2)[..., None]
+    short_BfN = logits_BfNV.amax(-1) - logits_BfNV.gather(-1, taken_BfN1)[..., 0]
+    # Where two codes' logits are nearer than that, either may be found likeliest.
+    assert (short_BfN[:, prompt_frames - 1 :] < 1e-5).all()
 
 
 @pytest.mark.parametrize("prompt_frames", [1, 4])
@@ -377,9 +379,14 @@ def test_a_snapshot_of_other_worlds_is_refused_and_nothing_happens():
     assert torch.equal(own.step(slots_BTA[:, :1]), undisturbed.step(slots_BTA[:, :1]))
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("order", "decoder"),
+    [
+        *((order, decoder) for order in ORDERS[:3] for decoder in ("raster", "jacobi")),
+        ("masked", "maskgit"),
+    ],
+)
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-@pytest.mark.parametrize("decoder", ["raster", "jacobi"])
 def test_the_action_head_is_asked_about_the_last_frame_as_training_asks_it(
     order, guidance_scale, decoder
 ):

@@ -149,6 +149,12 @@ RECORDED = (
 """Of level 0, as before there were levels, and of level 1."""
 
 
+def test_the_largest_number_is_finite_too():
+    noise_BsV = keyed_gumbel(torch.tensor([61]), 0, slice(6, 7), 1024)
+    assert noise_BsV[0, 0, 313].item() == pytest.approx(24 * np.log(2), abs=0.05)
+    assert noise_BsV.argmax() == 313
+
+
 def test_noise_is_finite_over_millions_of_draws():
     noise_BsV = keyed_gumbel(torch.arange(64), 1, slice(0, 64), 1024)
     assert noise_BsV.isfinite().all()

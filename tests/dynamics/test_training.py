@@ -338,7 +338,7 @@ def last_step(run: Path) -> int:
     return steps[-1] if steps else 0
 
 
-def wait_for(reached, process: subprocess.Popen[bytes], timeout_s: float = 60) -> None:
+def wait_for(reached, process: subprocess.Popen[bytes], timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not reached():
         assert process.poll() is None, f"ended by itself with {process.returncode}"

@@ -143,16 +143,44 @@ def test_the_z_loss_is_the_mean_square_of_the_log_denominator(shards):
     torch.testing.assert_close(with_it, losses.code_nats / 100 + 0.5 * expected / 100)
 
 
-def test_a_z_loss_keeps_log_denominators_near_zero(shards, accelerator):
+def test_a_z_loss_adds_its_own_gradient_times_its_weight_and_nothing_else(shards, accelerator):
+    batch, fed = windows(shards)
+    with_it, without = (make_learner(shards, accelerator, z_loss=z, clip=0.0) for z in (0.5, 0.0))
+    codes = with_it.gradients(batch, fed).counts[0]
+    without.gradients(batch, fed)
+    model = fresh(shards)
+    logits_BfSV = model(batch.codes_Bthw, fed.slots_BTA, inputs_Bthw=fed.codes_Bthw)
+    squares_BfS = logits_BfSV.logsumexp(-1).square()
+    (squares_BfS[batch.valid_Bt[:, 1:]].sum() / codes).backward()
+    ones, zeros = gradients(with_it), gradients(without)
+    assert model.head.to_logits.weight.grad.abs().max() > 0.01
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(
+                ones[name] - zeros[name], 0.5 * parameter.grad, rtol=1e-4, atol=1e-6
+            )
+
+
+def test_a_z_loss_takes_back_a_shift_of_all_logits_which_nothing_else_moves(shards, accelerator):
+    """The cross-entropy does not change when all logits grow alike, so neither do they by it."""
     found = {}
-    for weight in (0.0, 0.1):
-        learner = make_learner(shards, accelerator, z_loss=weight, num_steps=20)
-        for step in range(20):
+    for weight in (0.0, 1.0):
+        learner = make_learner(
+            shards, accelerator, z_loss=weight, num_steps=60, learning_rate=0.3, weight_decay=0.0
+        )
+        model = learner.dynamics.requires_grad_(requires_grad=False)
+        bias = model.head.to_logits.bias.requires_grad_()
+        with torch.no_grad():
+            bias += 4.0
+        for step in range(60):
             learner.gradients(*windows(shards, step))
             learner.apply()
-        losses = Objective(learner.dynamics, z_loss=True, bf16=False)(*windows(shards))
-        found[weight] = losses.squares.item()
-    assert found[0.1] < 0.6 * found[0.0]
+        batch, fed = windows(shards)
+        with torch.no_grad():
+            logits_BfSV = model(batch.codes_Bthw, fed.slots_BTA, inputs_Bthw=fed.codes_Bthw)
+        found[weight] = logits_BfSV.logsumexp(-1)[batch.valid_Bt[:, 1:]].abs().mean().item()
+    assert found[0.0] > 4
+    assert found[1.0] < 0.25
 
 
 def test_the_action_weight_weighs_nats_per_action_beside_nats_per_code():
@@ -202,6 +230,42 @@ def test_gradients_are_clipped_to_the_setting_and_not_at_zero(shards, accelerato
     assert norms[0.0][1] == pytest.approx(told, rel=1e-5)
     assert norms[1e6][1] == pytest.approx(told, rel=1e-5)
     assert norms[0.01][1] == pytest.approx(0.01, rel=1e-4)
+
+
+def test_an_update_has_the_gradients_of_its_own_windows_and_none_of_the_one_before(
+    shards, accelerator
+):
+    going_on = make_learner(shards, accelerator)
+    going_on.gradients(*windows(shards, 0))
+    going_on.apply()
+    begun = make_learner(shards, accelerator)
+    begun.dynamics.load_state_dict(going_on.dynamics.state_dict())
+    for learner in (going_on, begun):
+        learner.gradients(*windows(shards, 1))
+    found, wanted = gradients(going_on), gradients(begun)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(gradient, wanted[name]) for name, gradient in found.items())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's tracer warns of itself
+@pytest.mark.parametrize("options", [{}, {"residual_streams": 2, "attention": "factorised"}])
+def test_every_layer_is_traced_whole_as_compiling_does_and_gives_the_same_gradients(
+    shards, accelerator, options
+):
+    """As the learner compiles layers on CUDA, but for the backend, which a CPU may lack."""
+    found = {}
+    for traced in (False, True):
+        model = fresh(shards, **options)
+        learner = Learner(model, None, training=TRAINING, accelerator=accelerator)
+        if traced:
+            for layer in model.transformer.layers:
+                layer.compile(backend="eager", fullgraph=True)
+        update = learner.gradients(*windows(shards))
+        found[traced] = (gradients(learner), update.gradient_norm.item())
+    torch.compiler.reset()
+    for name, gradient in found[True][0].items():
+        difference = (gradient - found[False][0][name]).abs().max()
+        assert difference < 1e-6 * found[False][1], name
 
 
 def test_muon_moves_hidden_matrices_and_nothing_else(shards):

@@ -16,7 +16,7 @@ def record() -> dict[str, list[float]]:
     try:
         with TemporaryDirectory() as folder:
             shards = Mover(STEER).write(Path(folder) / "shards", episodes=6, num_frames=12)
-            for order in ("raster", "row", "frame"):
+            for order in ("raster", "row", "frame", "masked"):
                 run = Path(folder) / order
                 train(shards.folder, run, model=tiny(order=order), num_steps=5)
                 rows = read_metrics(run)

@@ -49,7 +49,7 @@ def test_an_error_is_raised_in_its_turn_and_the_generator_is_closed():
 
 
 def test_leaving_early_closes_the_generator_and_leaves_no_thread():
-    before, closed = threading.active_count(), []
+    before, closed = set(threading.enumerate()), []
 
     def items():
         try:
@@ -61,4 +61,4 @@ def test_leaving_early_closes_the_generator_and_leaves_no_thread():
     assert next(read) == 0
     read.close()
     assert closed == [True]
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before  # one of an earlier test may end meanwhile

@@ -251,7 +251,8 @@ def test_bad_input_of_any_kind_ends_with_its_code_and_one_sentence(chain, comman
         errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
         assert "Traceback" not in ended.err
-        assert time.monotonic() - began < 5
+        assert ended.cpu_s < 5
+        assert time.monotonic() - began < 30  # others may be busy with the machine
         assert ended.out == ""
     assert not Path(output).exists()
 

@@ -28,15 +28,20 @@ STABLE_KEYS = (
 @pytest.fixture(scope="module")
 def smoke(commands, tmp_path_factory):
     """The preset as people run it, stopped once by Ctrl-C on the way: folder, first and second."""
-    run = tmp_path_factory.mktemp("demo") / "smoke"
-    words = ("demo", "--preset", "smoke", "--output", run)
-    first = commands.start(*words)
-    while not (run / "tokenizer/LATEST").exists() and first.is_running():
-        time.sleep(0.01)
-    first.send(signal.SIGINT)
-    stopped = first.wait()
+    for attempt in range(3):
+        run = tmp_path_factory.mktemp("demo") / f"smoke-{attempt}"
+        words = ("demo", "--preset", "smoke", "--output", run)
+        first = commands.start(*words)
+        while not (run / "tokenizer/LATEST").exists() and first.is_running():
+            time.sleep(0.01)
+        first.send(signal.SIGINT)
+        stopped = first.wait()
+        assert stopped.code in (0, 130), stopped.err
+        stages = read_json(run / "stages.json", what="stages")
+        # The rest of that training takes a second, which a busy machine may let pass.
+        if not stages["train-tokenizer"]["finished"]:
+            break
     assert stopped.code == 130, stopped.err
-    stages = read_json(run / "stages.json", what="stages")
     # From nothing this time: each stage must bring along what it needs.
     second = subprocess.run(
         [sys.executable, "-m", "worldloom.pipelines", *map(str, words)],

@@ -85,7 +85,7 @@ def children(pid):
     """The processes that one has started, and not ended."""
     try:
         text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return []
     return [int(number) for number in text.split()]
 
@@ -100,17 +100,21 @@ def wait_for(condition, seconds=300):
 def is_gone(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it may end while it is read
         return True
+
+
+def command_of(pid):
+    """The words that a process was started with; none of one that is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def workers_of(running):
     """The processes of a command's crew: those that were told to serve, without helpers."""
-    return [
-        pid
-        for pid in children(running.pid)
-        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    return [pid for pid in children(running.pid) if b"spawn_main" in command_of(pid)]
 
 
 # The same bytes
@@ -170,7 +174,7 @@ def test_more_ranks_than_shards_is_no_mistake(commands, of_ranks, undisturbed, t
 def test_two_processes_of_torchrun_write_what_one_process_writes(of_ranks, undisturbed, tmp_path):
     output = tmp_path / "shards"
     ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
          "-m", "worldloom.pipelines", *map(str, of_ranks), output],
         env=quiet_environment(), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
@@ -517,6 +521,18 @@ def test_ranks_killed_at_any_step_and_run_again_leave_the_files_of_an_undisturbe
         check_whole_or_absent(output, wanted)
         check_continues(lambda: run_ranks(commands, of_ranks, output), output, wanted)  # noqa: B023
     assert killed >= len(passes)
+
+
+def test_what_a_rank_left_that_was_killed_over_the_manifest_goes_though_another_wrote_it(
+    commands, of_ranks, undisturbed, tmp_path
+):
+    output = tmp_path / "shards"
+    shutil.copytree(undisturbed, output, ignore=lambda *_: ["manifest.json"])
+    killed = commands.run(*of_ranks, output, "--rank", 0, "--world", 2, failpoint="fsync:2")
+    assert killed.code == -signal.SIGKILL
+    assert [name for name in hashes(output) if name.endswith("-manifest.json")]
+    shutil.copy(undisturbed / "manifest.json", output)  # as the other rank writes it meanwhile
+    check_continues(lambda: run_ranks(commands, of_ranks, output), output, hashes(undisturbed))
 
 
 @pytest.mark.slow

@@ -88,7 +88,8 @@ def test_episodes_encoded_side_by_side_are_encoded_as_alone(held_out, tiny_chain
         codes_Bthw = tiny_chain.tokenizer.encode(episode.frames_THWC[None])
         decoded = tiny_chain.tokenizer.decode(codes_Bthw, num_frames=len(episode.frames_THWC))
         assert torch.equal(episode.codes_thw, codes_Bthw[0])
-        assert torch.equal(episode.decoded_THWC, decoded[0])
+        # Kernels may sum in another order for another batch: a level of grey at most.
+        assert (episode.decoded_THWC.int() - decoded[0].int()).abs().max() <= 1
 
 
 def test_reconstruction_is_the_psnr_of_all_frames_together(held_out):

@@ -218,7 +218,8 @@ def test_nothing_to_train_on_ends_with_3_within_5_seconds(tmp_path, write_shards
     began = time.monotonic()
     ended = commands.run("train-dynamics", "--shards", folder, "--output", tmp_path / "run",
                          *DYNAMICS_FLAGS, "--training.num-steps", 1)  # fmt: skip
-    assert time.monotonic() - began < 5
+    assert ended.cpu_s < 5
+    assert time.monotonic() - began < 30  # others may be busy with the machine
     assert ended.code == 3
     assert str(folder) in ended.err
     assert len(ended.err.strip().splitlines()) == 1

@@ -88,7 +88,7 @@ def test_a_header_that_claims_gigabytes_allocates_nothing(folder, size, kind):
     change_manifest(folder, shift)
     mend(folder)
     tracemalloc.start()
-    began = time.monotonic()
+    began = time.process_time()  # others may be busy with the machine
     try:
         for read in (read_everything, stream_everything):
             with pytest.raises(FormatError, match=r"shard-000000\.tar: .*'claimed'"):
@@ -96,7 +96,7 @@ def test_a_header_that_claims_gigabytes_allocates_nothing(folder, size, kind):
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def change_header(folder, suffix, field, value, *, mend_checksum):

@@ -595,7 +595,8 @@ def test_missing_keys_and_empty_folders_end_with_3_within_5_seconds(
     ):
         began = time.monotonic()
         ended = commands.run("shards", *words, "--output", tmp_path / "c")
-        assert time.monotonic() - began < 5
+        assert ended.cpu_s < 5
+        assert time.monotonic() - began < 30  # others may be busy with the machine
         assert ended.code == 3, ended.err
         assert re.search(reason, ended.err), ended.err
         assert len(ended.err.strip().splitlines()) == 1

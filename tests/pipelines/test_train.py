@@ -341,7 +341,8 @@ def test_missing_empty_or_unfinished_input_ends_with_3_and_writes_nothing(
         began = time.monotonic()
         ended = commands.run(*lines[name], flag, folder, "--output", tmp_path / "run")
         assert ended.code == 3
-        assert time.monotonic() - began < 5
+        assert ended.cpu_s < 5
+        assert time.monotonic() - began < 30  # others may be busy with the machine
         assert str(folder) in ended.err
         assert said in ended.err
         assert len(ended.err.splitlines()) == 1

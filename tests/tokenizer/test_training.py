@@ -450,10 +450,11 @@ def start_endless(episodes: Episodes, run: Path) -> subprocess.Popen[bytes]:
 
 
 def last_step(run: Path) -> int:
-    return read_metrics(run)[-1]["step"] if (run / "metrics.jsonl").exists() else 0
+    steps = [r["step"] for r in read_metrics(run)] if (run / "metrics.jsonl").exists() else []
+    return steps[-1] if steps else 0
 
 
-def wait_for(reached, process: subprocess.Popen[bytes], timeout_s: float = 60) -> None:
+def wait_for(reached, process: subprocess.Popen[bytes], timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not reached():
         assert process.poll() is None, f"ended by itself with {process.returncode}"
@@ -482,7 +483,8 @@ def test_two_processes_stay_one_tokenizer_and_learn_what_one_process_learns(toy_
 
     On both ranks every tensor is the same to the last bit, codebooks included. With fsq and adamw,
     where nothing is drawn and everything is a sum, so is what one process computes but for the
-    order of the sums: 1e-5. Learned codebooks begin with k-means from other draws, and lfq's
+    order of the sums: losses within 1e-5, weights within 5e-5, since Adam divides by what is nearly
+    0 and so enlarges a rounding. Learned codebooks begin with k-means from other draws, and lfq's
     entropy weighs processes alike though one has a clip more: there only the losses are near.
     """
     one, two = tmp_path / "one", tmp_path / "two"
@@ -498,7 +500,7 @@ def test_two_processes_stay_one_tokenizer_and_learn_what_one_process_learns(toy_
         for name, tensor in first.items():
             assert torch.equal(tensor, second[name]), f"{kind} {name}"
             if kind == "fsq" and name != "losses":
-                torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-5)
+                torch.testing.assert_close(tensor, alone[name], rtol=0, atol=5e-5)
         assert len(first["losses"]) == NUM_STEPS
         within = {"fsq": 1e-5, "lfq": 0.1}.get(kind, 0.01)
         torch.testing.assert_close(

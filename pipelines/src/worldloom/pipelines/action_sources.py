@@ -2,6 +2,7 @@
 
     "MOVE_RIGHT*12,NOOP*4"            -> written_actions -> slots_TA
     actions.json | .npy | .txt        -> written_actions -> slots_TA
+    "a.json,b.txt", two starts        -> actions_of_each -> slots_TA of each
     a spec and a generator            -> random_actions, sticky_actions -> slots_TA
     a spec                            -> single_actions  -> each action there is, by name
 
@@ -23,6 +24,9 @@ from worldloom.common import (
 
 STICKY = 0.85
 """Chance that a sticky policy keeps its action: held keys, as people hold them."""
+
+NO_ACTION = "null"
+"""The word for NULL, "no action was given": what holding nothing is in a game without a no-op."""
 
 _FILES = (".json", ".npy", ".txt")
 
@@ -50,6 +54,26 @@ def written_actions(text: str, /, *, spec: ActionSpec) -> SlotArray:
         known = ", ".join(spec.names) or "none"
         raise kind(f"actions {text!r}: holds no action; there are {known}")
     return slots_TA
+
+
+def actions_of_each(text: str, /, *, spec: ActionSpec, starts: int) -> list[SlotArray]:
+    """Return slots_TA of every start: the same written actions for all, or those of a file each.
+
+    Files, one a start in their order, are separated by commas; all else is `written_actions`.
+
+    Raises:
+        ConfigError: if there are several files, but not one for each start.
+        ConfigError, FormatError: as `written_actions` does.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) == 1 or not all(Path(part).suffix in _FILES for part in parts):
+        return [written_actions(text, spec=spec)] * starts
+    if len(parts) != starts:
+        raise ConfigError(
+            f"--actions: {len(parts)} files for {starts} {'start' if starts == 1 else 'starts'}; "
+            "give one for each start, in their order, or one for all"
+        )
+    return [written_actions(part, spec=spec) for part in parts]
 
 
 def _split(text: str, spec: ActionSpec, /) -> list[str]:
@@ -107,9 +131,33 @@ def single_actions(spec: ActionSpec, /, *, limit: int = 12) -> list[tuple[str, S
     return list(zip(spec.describe(slots), slots[:, None], strict=True))
 
 
+def parse_action(text: str, /, *, spec: ActionSpec) -> SlotArray:
+    """Return slots_TA of one written action: as ActionSpec.parse, and `null*12` is NULL.
+
+    An action that a game itself calls null goes before.
+
+    Raises:
+        FormatError: naming the word that is not an action, and the actions there are.
+    """
+    word, star, times = text.partition("*")
+    if word.strip() != NO_ACTION or NO_ACTION in spec.names or spec.kind == "none":
+        return spec.parse(text)
+    from worldloom.dynamics import NULL  # here and not above: it brings torch
+
+    steps = ActionSpec.none().parse(f"none{star}{times}")  # for its length alone
+    return np.full((len(steps), spec.num_slots), NULL, np.int64)
+
+
+def action_words(spec: ActionSpec, slots_TA: SlotArray, /) -> list[str]:
+    """Return a short text a step, as ActionSpec.describe; `null` where no action was given."""
+    known_T = np.all(slots_TA >= 0, axis=1)
+    words = spec.describe(np.where(known_T[:, None], slots_TA, 0))
+    return [word if known else NO_ACTION for word, known in zip(words, known_T, strict=True)]
+
+
 def _from_words(words: list[str], spec: ActionSpec) -> SlotArray:
     """Return the slots of words such as `MOVE_RIGHT*12`, one after another."""
-    parts = [spec.parse(word) for word in words]
+    parts = [parse_action(word, spec=spec) for word in words]
     return np.concatenate(parts) if parts else np.zeros((0, spec.num_slots), np.int64)
 
 

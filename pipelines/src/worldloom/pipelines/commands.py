@@ -69,6 +69,14 @@ COMMANDS = {
             "evaluate", "how true a tokenizer or a model is, in numbers",
             "evaluate", "EvaluateConfig", False,
         ),
+        Command(
+            "play", "walk through a world, in the browser or a terminal",
+            "play.command", "PlayConfig", False,
+        ),
+        Command(
+            "replay", "a played session again, checked, as a video",
+            "replay", "ReplayConfig", False,
+        ),
         Command("demo", "all of the above, small, then a report", "demo", "DemoConfig", True),
         Command("info", "what a file or folder of worldloom's is", "info", "InfoConfig", False),
         Command(

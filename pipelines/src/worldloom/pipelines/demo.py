@@ -221,16 +221,13 @@ def _report(config: DemoConfig) -> Path:
         words += ["--config", str(config.config)]
     elif config.preset != "demo":
         words += ["--preset", config.preset]
+    play = ["worldloom", "play", str(config.output)]
     report = write_report(
         config.output,
         title=f"A world learned from {game}",
         commands=[shlex.join([*words, "--output", str(config.output)])],
-        next_steps="worldloom generate steers it: try other actions, other starts, other seeds.",
+        next_steps=f"{shlex.join(play)} opens it in a browser: walk through it with the keyboard.",
     )
     say(f"wrote {report} and {report.with_suffix('.json').name}; open the first in a browser")
-    model, tokenizer = config.output / "dynamics/model", config.output / "tokenizer/model"
-    steer = ["worldloom", "generate", "--model", str(model), "--tokenizer", str(tokenizer),
-             "--start", str(config.output / "shards"), "--actions", "sticky",
-             "--output", str(config.output / "generated")]  # fmt: skip
-    say(f"next: {shlex.join(steer)}")
+    say(f"next: {shlex.join(play)}")
     return report

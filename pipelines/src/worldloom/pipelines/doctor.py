@@ -27,8 +27,13 @@ _EXTRAS = {
     "vizdoom": ("VizDoom, what the demo plays", 'pip install "vizdoom>=1.3"'),
     "ale-py": ("Atari games for `record`", 'pip install "ale-py>=0.11"'),
     "minigrid": ("grid worlds for `record`", 'pip install "minigrid>=3"'),
-    "ray": ("not used by this release", 'pip install "ray[data]"'),
-    "tensorboard": ("not used by this release", "pip install tensorboard"),
+    "starlette": ("`play` in a browser", 'pip install "starlette>=0.40"'),
+    "uvicorn": ("`play` in a browser", 'pip install "uvicorn>=0.30"'),
+    "websockets": ("`play` in a browser", 'pip install "websockets>=13"'),
+    "ray": ("`tokenize --engine ray`", 'pip install "ray>=2.40"'),
+    "h5py": ("Minari data for `ingest`", 'pip install "h5py>=3.10"'),
+    "pyarrow": ("LeRobot data for `ingest`", 'pip install "pyarrow>=15"'),
+    "tensorboard": ("curves of `train-dynamics`", 'pip install "tensorboard>=2.16"'),
 }
 _DEMO_BYTES = 2_000_000_000
 """Room that a demo and a checkpoint or two take, with some to spare."""

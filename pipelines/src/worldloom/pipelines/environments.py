@@ -15,6 +15,7 @@ has a flag of its own.
 import difflib
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -199,7 +200,7 @@ def open_game(config: GameConfig, /) -> Game:
         ConfigError: if the id is unknown, a setting is not one of the game's, it shows no picture,
             or its actions are of no kind that an ActionSpec describes.
     """
-    spec = _find(config.env)
+    spec = find_game(config.env)
     family = _family(spec)
     settings, skip_name, _ = _FAMILIES.get(family, ({}, "", 0.0))
     if skip_name and skip_name in config.env_kwargs:
@@ -223,8 +224,18 @@ def open_game(config: GameConfig, /) -> Game:
         raise
 
 
-def _find(env_id: str) -> EnvSpec:
-    """Return the registered spec of an id, importing what registers ids until one does."""
+def draw_into_memory() -> None:
+    """Have games draw into memory: else their window library complains of no screen, or greets."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+
+
+def find_game(env_id: str, /) -> EnvSpec:
+    """Return the registered spec of an id, importing what registers ids until one does.
+
+    Raises:
+        ConfigError: naming what to install, or the nearest ids, if there is none.
+    """
     module, colon, name = env_id.rpartition(":")
     if colon:
         try:

@@ -2,228 +2,187 @@
 
     model, tokenizer, start, actions  ->  OUTPUT/{generated.mp4, generated.gif, contact-sheet.png,
                                           codes.npz, session.json}
+    the same, several starts          ->  OUTPUT/{starts.json, contact-sheet.png, start-000/...}
 
 session.json and codes.npz hold everything that was decided: the same command gives the same codes.
+Several starts, and several futures of each, run as one batch; each start gets a folder like that of
+a start alone, with the same codes.
 """
 
 import shlex
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from worldloom.common import (
-    ActionSpec,
-    FormatError,
-    Frames,
-    SlotArray,
-    atomic_folder,
-    numpy_stream,
-    progress,
-    say,
-    to_json,
-)
-from worldloom.dynamics import SamplingConfig
+from worldloom.common import atomic_folder, progress, say, to_json
 
-from .action_sources import random_actions, sticky_actions, written_actions
-from .checks import require_at_least, require_own_output
+from .checks import require_own_output
+from .generate_config import GenerateConfig as GenerateConfig
 
 if TYPE_CHECKING:
-    from .starts import Start
+    from .generation import Futures, Job, OwnFutures, Timing
     from .world import World
 
 SESSION_SCHEMA = "worldloom.session/1"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateConfig:
-    """Generate video: start from real frames, press actions, watch.
-
-    worldloom generate --model runs/demo/dynamics/model --tokenizer runs/demo/tokenizer/model
-    --start runs/demo/shards --actions "MOVE_RIGHT*12,ATTACK*2" --output out
-    """
-
-    actions: str
-    """What to press: words such as MOVE_RIGHT*12,ATTACK*2 (separated by ; where an action has
-    several numbers, as in 0.5,0*12;0,0*4); a file of them (.json, .npy of slots, .txt); `true` for
-    those of the episode, which draws the true frames beside; or `random` or `sticky`."""
-    model: Path
-    """Model directory that train-dynamics wrote."""
-    tokenizer: str
-    """The tokenizer that wrote the model's shards, named as `worldloom tokenize` takes it."""
-    start: Path
-    """Where it starts: a folder of token shards, a folder of episodes, or a picture."""
-    output: Path
-    """Folder for the video, the pictures and the codes. One that generate wrote is replaced."""
-    episode: str = "0"
-    """Which episode of --start: its key, or its number among the held-out ones."""
-    start_frame: int = 0
-    """Frame of the episode where the prompt begins."""
-    prompt_frames: int = 4
-    """Latent frames given; the rest is generated. A picture is one."""
-    horizon: int = 32
-    """Frames to generate where the actions have no end of their own (true, random, sticky)."""
-    seed: int = 0
-    """Of all that is drawn; sample k uses seed + k. The same seed gives the same codes."""
-    num_samples: int = 1
-    """How many futures of the same start and actions."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How codes are drawn."""
-    scale: int = 4
-    """Every pixel becomes a square of this many pixels a side."""
-    device: str = "auto"
-    """Where to compute: auto (CUDA if there is one), cpu, cuda, mps."""
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that leave nothing to do."""
-        require_at_least(1, self, "prompt_frames", "horizon", "num_samples", "scale")
-        require_at_least(0, self, "start_frame")
+STARTS_SCHEMA = "worldloom.starts/1"
 
 
 def generate(config: GenerateConfig) -> Path:
-    """Generate video from a start and actions; return the folder with what came out."""
+    """Generate video from starts and actions; return the folder with what came out."""
     from .devices import choose_device
-    from .starts import Moment, read_start
+    from .generation import compare_decoders, roll
     from .world import World
 
-    require_own_output(config.output, sign="session.json", command="generate")
+    several = (config.output / "starts.json").is_file()
+    require_own_output(
+        config.output, sign="starts.json" if several else "session.json", command="generate"
+    )
     world = World.from_pretrained(
         config.model,
         config.tokenizer,
         sampling=config.sampling,
         device=choose_device(config.device),
     )
-    moment = Moment(
-        episode=config.episode,
-        start_frame=config.start_frame,
-        prompt_frames=config.prompt_frames,
-    )
-    start = read_start(config.start, world, moment)
-    slots_TA = _actions(config, world.model.spec.actions, start)
-    seeds = [config.seed + sample for sample in range(config.num_samples)]
-    samples, codes, seconds = [], [], 0.0
-    for seed in progress(seeds, "generating"):
-        frames_THWC, codes_thw, took = _roll(world, start, slots_TA, seed)
-        samples.append(frames_THWC)
-        codes.append(codes_thw)
-        seconds += took
-    session = _session(config, world, start, slots_TA, seeds)
+    seeds = range(config.seed, config.seed + config.num_samples)
+    jobs = _jobs(config, world)
+    futures = roll(world, jobs, seeds=seeds, label="generating")
+    timings = compare_decoders(world, jobs, seeds=seeds) if config.compare_decoders else []
     with atomic_folder(config.output) as folder:
-        _draw(folder, config, start, session, samples)
-        np.savez(folder / "codes.npz", codes=np.stack(codes), actions=slots_TA)
-        (folder / "session.json").write_text(to_json(session))
-    frames = len(slots_TA) * len(seeds)
-    say(
-        f"generated {frames} frames from {start.source} in {seconds:.1f} s "
-        f"({frames / max(seconds, 1e-9):.1f} frames/s, decoded); "
-        f"look at {config.output / 'generated.gif'}"
-    )
-    say(f"next: {shlex.join(_another(config))}")
+        if len(jobs) == 1:
+            _write_start(folder, config, world, jobs[0], futures.jobs[0])
+        else:
+            _write_starts(folder, config, world, jobs, futures)
+        if timings:
+            (folder / "decoders.json").write_text(to_json([asdict(row) for row in timings]))
+    _say_result(config, jobs, futures, timings)
     return config.output
 
 
+def _jobs(config: GenerateConfig, world: "World") -> "list[Job]":
+    """Return every start and its actions, once it is known that all of them fit into memory."""
+    from .generation import Job, chosen_actions, chosen_moments
+    from .generation_memory import measure_world, require_room
+    from .starts import read_start
+
+    moments, spec = chosen_moments(config, world), world.model.spec.actions
+    # One start tells what all of them take, before the others are read.
+    wanted = config.actions == "true"
+    starts = [read_start(config.start, world, moments[0], with_frames=wanted)]
+    actions = chosen_actions(config, spec, starts * len(moments))
+    # What follows the starts that are not read yet may be longer than what follows this one.
+    steps = config.horizon if wanted and len(moments) > 1 else max(map(len, actions))
+    cost = measure_world(world, Job(starts[0], actions[0]), steps=steps, scale=config.scale)
+    samples = config.num_samples
+    require_room(
+        cost, starts=len(moments), samples=samples, device=world.model.device,
+        copies=1 + wanted / samples + config.compare_decoders,
+    )  # fmt: skip
+    starts += [
+        read_start(config.start, world, moment, with_frames=wanted) for moment in moments[1:]
+    ]
+    actions = chosen_actions(config, spec, starts)
+    return [Job(start, slots_TA) for start, slots_TA in zip(starts, actions, strict=True)]
+
+
+def _write_starts(
+    folder: Path, config: GenerateConfig, world: "World", jobs: "Sequence[Job]", futures: "Futures"
+) -> None:
+    """Write a folder for every start, and what is of all of them."""
+    from .generated_pictures import draw_starts
+
+    names = [f"start-{number:03d}" for number in range(len(jobs))]
+    for number, name in enumerate(progress(names, "drawing")):
+        (folder / name).mkdir()
+        _write_start(folder / name, config, world, jobs[number], futures.jobs[number])
+    draw_starts(
+        folder / "contact-sheet.png",
+        jobs,
+        [own.frames[0] for own in futures.jobs],
+        show_true=config.actions == "true",
+    )
+    content = {
+        "schema": STARTS_SCHEMA,
+        "starts": [
+            {"folder": name, "start": job.start.source, "num_frames": len(job.slots_TA)}
+            for name, job in zip(names, jobs, strict=True)
+        ],
+        "num_samples": config.num_samples,
+        "seconds": futures.seconds,
+        "frames_per_s": futures.frames_per_s,
+        "forwards_per_frame": futures.forwards_per_frame,
+    }
+    (folder / "starts.json").write_text(to_json(content))
+
+
+def _write_start(
+    folder: Path, config: GenerateConfig, world: "World", job: "Job", own: "OwnFutures"
+) -> None:
+    """Write the codes, the session and the pictures of one start."""
+    from .action_sources import action_words
+    from .generated_pictures import Look, draw_start
+
+    spec, seeds = world.model.spec, list(range(config.seed, config.seed + config.num_samples))
+    words = action_words(spec.actions, job.slots_TA)
+    session = {
+        "schema": SESSION_SCHEMA,
+        "model": str(config.model),
+        "tokenizer": spec.tokenizer.fingerprint,
+        "start": job.start.source,
+        "prompt_frames": len(job.start.codes_thw),
+        "prompt_actions": job.start.slots_TA.tolist(),
+        "actions": job.slots_TA.tolist(),
+        "action_names": words,
+        "seeds": seeds,
+        "sampling": asdict(config.sampling),
+        "fps": spec.fps,
+    }
+    look = Look(
+        titles=[f"seed {seed}" for seed in seeds] if len(seeds) > 1 else ["generated"],
+        show_true=config.actions == "true",
+        scale=config.scale,
+        fps=spec.fps,
+    )
+    draw_start(folder, job, own.frames, words=words, look=look)
+    np.savez(folder / "codes.npz", codes=own.codes_Sthw, actions=job.slots_TA)
+    (folder / "session.json").write_text(to_json(session))
+
+
+def _say_result(
+    config: GenerateConfig, jobs: "Sequence[Job]", futures: "Futures", timings: "Sequence[Timing]"
+) -> None:
+    """Say how fast it was, what each decoder did, where to look, and what to do next."""
+    for row in timings:
+        same = "the same codes" if row.same_codes else "OTHER CODES"
+        say(f"  {row.decoder:<8} {row.frames_per_s:8.1f} frames/s  "
+            f"{row.forwards_per_frame:6.2f} forwards/frame  {same}")  # fmt: skip
+    several, worlds = len(jobs) > 1, len(jobs) * config.num_samples
+    where = f"{len(jobs)} starts" if several else jobs[0].start.source
+    side_by_side = f", {worlds} worlds side by side" if worlds > 1 else ""
+    look = config.output / ("contact-sheet.png" if several else "generated.gif")
+    say(
+        f"generated {futures.num_frames} frames from {where} in {futures.seconds:.1f} s "
+        f"({futures.frames_per_s:.1f} frames/s, decoded{side_by_side}; "
+        f"{futures.forwards_per_frame:.1f} forwards a frame); look at {look}"
+    )
+    say(f"next: {shlex.join(_another(config))}")
+
+
 def _another(config: GenerateConfig) -> list[str]:
-    """Return the command for another future of the same start: other actions, or another seed."""
+    """Return the command for another future of the same starts: other actions, or another seed."""
     words = ["worldloom", "generate", "--model", str(config.model), "--tokenizer",
              config.tokenizer, "--start", str(config.start)]  # fmt: skip
-    for name, usual in (("episode", "0"), ("start_frame", 0), ("prompt_frames", 4)):
-        value = getattr(config, name)
-        if value != usual:
-            words += ["--" + name.replace("_", "-"), str(value)]
+    usual: dict[str, str | int] = {
+        "episode": "0", "start_frame": 0, "num_starts": 0, "prompt_frames": 4
+    }  # fmt: skip
+    if config.num_starts:
+        usual["horizon"] = 32  # which starts they are depends on how far they lie apart
+    for name, value in usual.items():
+        if getattr(config, name) != value:
+            words += ["--" + name.replace("_", "-"), str(getattr(config, name))]
     if config.actions in ("random", "sticky"):
         seed = config.seed + config.num_samples
         words += ["--actions", config.actions, "--seed", str(seed)]
         return [*words, "--output", f"{config.output}-seed-{seed}"]
     return [*words, "--actions", "sticky", "--output", f"{config.output}-sticky"]
-
-
-def _actions(config: GenerateConfig, spec: ActionSpec, start: "Start") -> SlotArray:
-    """Return the slots of every step to generate."""
-    if config.actions == "true":
-        slots_TA = start.true_slots_TA[: config.horizon]
-        if len(slots_TA) == 0:
-            raise FormatError(
-                f"{config.start}: no action is known after {start.source} and its prompt, so "
-                "`--actions true` has none to take; start earlier or in another --episode, or "
-                "write some"
-            )
-        return slots_TA
-    if config.actions in ("random", "sticky"):
-        draw = random_actions if config.actions == "random" else sticky_actions
-        return draw(spec, config.horizon, rng=numpy_stream(config.seed, "generate-actions"))
-    return written_actions(config.actions, spec=spec)
-
-
-def _roll(
-    world: "World", start: "Start", slots_TA: SlotArray, seed: int
-) -> tuple[Frames, np.ndarray[Any, Any], float]:
-    """Return frames_THWC and codes_thw of prompt and future, and the seconds the future took."""
-    r = world.steps_per_latent
-    # The last latent frame covers r steps, so the last action is held until they are full.
-    missing = -len(slots_TA) % r
-    held_TA = np.concatenate([slots_TA, np.repeat(slots_TA[-1:], missing, axis=0)])
-    frames = [world.reset(start.codes_thw, start.slots_TA, seed=seed)]
-    prompt_length = len(frames[0])
-    codes = list(start.codes_thw)
-    began = time.perf_counter()
-    for step in range(0, len(held_TA), r):
-        frames_rHWC, codes_hw = world.step(held_TA[step : step + r])
-        frames.append(frames_rHWC)
-        codes.append(codes_hw)
-    seconds = time.perf_counter() - began
-    codes_thw = np.stack([frame.numpy() for frame in codes])
-    return np.concatenate(frames)[: prompt_length + len(slots_TA)], codes_thw, seconds
-
-
-def _session(
-    config: GenerateConfig,
-    world: "World",
-    start: "Start",
-    slots_TA: SlotArray,
-    seeds: Sequence[int],
-) -> dict[str, Any]:
-    """Return everything that was decided, as JSON values."""
-    spec = world.model.spec
-    return {
-        "schema": SESSION_SCHEMA,
-        "model": str(config.model),
-        "tokenizer": spec.tokenizer.fingerprint,
-        "start": start.source,
-        "prompt_frames": len(start.codes_thw),
-        "prompt_actions": start.slots_TA.tolist(),
-        "actions": slots_TA.tolist(),
-        "action_names": spec.actions.describe(slots_TA),
-        "seeds": list(seeds),
-        "sampling": asdict(config.sampling),
-        "fps": spec.fps,
-    }
-
-
-def _draw(
-    folder: Path,
-    config: GenerateConfig,
-    start: "Start",
-    session: Mapping[str, Any],
-    samples: Sequence[Frames],
-) -> None:
-    """Write generated.mp4, generated.gif and contact-sheet.png."""
-    from .pictures import Strip, draw_movie, draw_sheet, encode_gif, encode_mp4, encode_png
-
-    length, names = len(samples[0]), session["action_names"]
-    labels = ["given"] * (length - len(names)) + names
-    many = len(samples) > 1
-    strips = [
-        Strip(title=f"seed {config.seed + k}" if many else "generated", frames_THWC=frames)
-        for k, frames in enumerate(samples)
-    ]
-    if config.actions == "true" and start.true_frames_THWC is not None:
-        strips.insert(0, Strip(title="true", frames_THWC=start.true_frames_THWC[:length]))
-    first = Strip(title=strips[0].title, frames_THWC=strips[0].frames_THWC, labels=labels)
-    movie = draw_movie(strips, scale=config.scale, captions=labels)
-    sheet = draw_sheet([first, *strips[1:]], scale=max(1, config.scale // 2))
-    fps = session["fps"] or 10.0
-    (folder / "generated.mp4").write_bytes(encode_mp4(movie, fps=fps))
-    (folder / "generated.gif").write_bytes(encode_gif(movie, fps=fps))
-    (folder / "contact-sheet.png").write_bytes(encode_png(sheet))

@@ -1,7 +1,7 @@
 """What a file or folder is -> a description, as aligned text or as JSON with stable keys.
 
-    EPISODES | SHARDS | model directory | run | checkpoint
-    demo's folder | evaluation | generated folder            ->  describe  ->  {"kind": ..., ...}
+    EPISODES | SHARDS | model directory | run | checkpoint | demo's folder
+    evaluation | generated folder | play session             ->  describe  ->  {"kind": ..., ...}
 
 Nothing here needs torch: weights are described by their headers.
 """
@@ -49,7 +49,7 @@ class InfoConfig:
         worldloom info runs/demo/episodes --preview episodes.png
 
     Reads a folder of episodes or token shards, a model directory, a run or a checkpoint, and what
-    demo, evaluate and generate wrote.
+    demo, evaluate, generate and play wrote.
     """
 
     path: Positional[Path]
@@ -113,6 +113,8 @@ def describe(path: Path, /, *, verify: bool = False) -> dict[str, Any]:
         "demo": _demo,
         "evaluation": _evaluation,
         "generated": _generated,
+        "session": _session,
+        "starts": _starts,
     }[kind]
     head = {"kind": kind, "path": str(folder), "size_bytes": _size(folder)}
     return {**head, **describe_kind(folder, verify)}
@@ -121,11 +123,13 @@ def describe(path: Path, /, *, verify: bool = False) -> dict[str, Any]:
 _SIGNS = (
     "episodes.json", "manifest.json", "config.json", "metrics.jsonl", "LATEST",
     "stages.json", "report.html", "report.json", "evaluation.json", "session.json",
+    "starts.json",
 )  # fmt: skip
 _EXPECTED = (
     "a folder of episodes (episodes.json), token shards or a checkpoint (manifest.json), "
     "a model directory (config.json), a run (metrics.jsonl, checkpoints), a demo (stages.json), "
-    "an evaluation (evaluation.json) or a generated folder (session.json)"
+    "an evaluation (evaluation.json), a generated folder (session.json, starts.json) or a play "
+    "session (session.json)"
 )
 
 
@@ -142,7 +146,11 @@ def _kind(folder: Path) -> str | None:
         return known.get(str(schema).partition("/")[0])
     if (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir():
         return "run"
-    signs = {"stages.json": "demo", "evaluation.json": "evaluation", "session.json": "generated"}
+    if (folder / "session.json").is_file():
+        schema = read_json(folder / "session.json", what="a session").get("schema", "")
+        played = str(schema).startswith("worldloom.play-session/")
+        return "session" if played else "generated"
+    signs = {"stages.json": "demo", "evaluation.json": "evaluation", "starts.json": "starts"}
     return next((kind for sign, kind in signs.items() if (folder / sign).is_file()), None)
 
 
@@ -296,6 +304,24 @@ def _generated(folder: Path, verify: bool) -> dict[str, Any]:
         ) from error
     if verify:
         _verify_zip(folder / "codes.npz")
+    return {**about, "verified": verify}
+
+
+def _session(folder: Path, verify: bool) -> dict[str, Any]:
+    """Describe a play session; see `describe_session`."""
+    # Here and not above: a command's help loads no other command's module.
+    from .info_session import describe_session
+
+    return describe_session(folder, verify)
+
+
+def _starts(folder: Path, verify: bool) -> dict[str, Any]:
+    """Describe what was generated from several starts; with `verify`, check each one's codes."""
+    from .info_starts import describe_starts
+
+    about, inside = describe_starts(folder)
+    for one in inside if verify else ():
+        _generated(one, verify)
     return {**about, "verified": verify}
 
 

@@ -26,6 +26,8 @@ _TITLES = {
     "demo": "a demo's folder",
     "evaluation": "an evaluation",
     "generated": "generated video",
+    "session": "a play session",
+    "starts": "video generated from several starts",
 }
 
 

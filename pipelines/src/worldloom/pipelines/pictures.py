@@ -182,8 +182,10 @@ def encode_mp4(frames_THWC: Frames, /, *, fps: float) -> bytes:
 
 def _palette(frames_THWC: Frames) -> Image.Image:
     """Return a palette image: every colour there is, or the 256 that serve best."""
-    wide = frames_THWC.astype(np.uint32)
-    packed = wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
+    packed = frames_THWC[..., 0].astype(np.uint32)
+    for channel in (1, 2):  # in place: a movie is large
+        packed <<= 8
+        packed |= frames_THWC[..., channel]
     common, counts = np.unique(packed, return_counts=True)
     # Of too many, the commonest stay exact (paper, sky, walls); median cut finds the others.
     exact = common[np.argsort(-counts, kind="stable")[: 256 if len(common) <= 256 else 32]]

@@ -7,7 +7,6 @@ blank placeholder (VizDoom does) loses that last frame and the action before it;
 counts in the metadata's `total_reward`.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from worldloom.common import (
     numpy_stream,
 )
 
-from .environments import Game, GameConfig, open_game
+from .environments import Game, GameConfig, draw_into_memory, open_game
 from .policies import PolicyConfig, make_policy
 
 _BATCH_FRAMES = 64
@@ -71,10 +70,7 @@ def open_recorder(job: RecordingJob, /) -> "Recorder":
     Raises:
         ConfigError: if the game, the policy or the frame size cannot be had.
     """
-    # Games draw into memory here; without this their window library complains that there is no
-    # screen, or greets.
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    draw_into_memory()
     return Recorder(job, open_game(job.game))
 
 

@@ -97,7 +97,7 @@ def tokenize(config: TokenizeConfig) -> "Path | TokenizeDryRun | None":
     from worldloom.tokenizer import load_tokenizer
 
     from .devices import choose_device
-    from .tokenize_merge import finished_unit, merge, require_bound, skipped_of
+    from .tokenize_merge import finished_unit, merge, require_bound, skipped_of, tidy
     from .units import make_plan, units_of
 
     device = config.device
@@ -118,6 +118,8 @@ def tokenize(config: TokenizeConfig) -> "Path | TokenizeDryRun | None":
         return _dry_run(config, job, episodes, tokenizer, share)
     keep_plan(config.output, plan)
     if is_finished(config.output):
+        # One rank may have been killed over the manifest while another wrote it.
+        tidy(config.output, len(units))
         say(f"{config.output}: finished before, nothing to do")
         return config.output
     mine = share.of(units)

@@ -106,10 +106,17 @@ def merge(
         metrics=metrics,
         source={"episodes": dict(episodes.spec.source), "plan": dict(job.plan), "skipped": skipped},
     )
-    # Every unit is done, so nobody writes one any more; the manifest another rank may.
-    remove_leftovers(output, of={name for i in range(len(units)) for name in unit_files(i)})
-    remove_leftovers(output, of={"manifest.json", "codebook.safetensors"}, shared=True)
+    tidy(output, len(units))
     return Merged(records, metrics, skipped)
+
+
+def tidy(output: Path, num_units: int, /) -> None:
+    """Delete what killed ranks left in a folder whose every unit is done.
+
+    Nobody writes a unit any more then; the manifest another rank may.
+    """
+    remove_leftovers(output, of={name for i in range(num_units) for name in unit_files(i)})
+    remove_leftovers(output, of={"manifest.json", "codebook.safetensors"}, shared=True)
 
 
 def _errors_of(record: ShardRecord) -> SquaredErrors | None:

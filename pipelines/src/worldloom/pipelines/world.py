@@ -3,10 +3,12 @@
     codes_thw, slots_TA  -> reset -> frames_THWC;    slots_rA  -> step  -> the next r frames
 
 The tokenizer, the dynamics model, a rollout and a streaming decoder, held together. One world at a
-time: what generate and play show, and what evaluate clocks. `snapshot` and `restore` branch it.
+time: what play shows, and what evaluate clocks. `snapshot` and `restore` branch it.
 """
 
-from copy import deepcopy
+from collections import deque
+from collections.abc import Collection, Mapping
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -25,6 +27,8 @@ class WorldSnapshot:
 
     rollout: Snapshot
     decoder: DecoderSession
+    size_bytes: int
+    """Memory it takes."""
 
 
 class World:
@@ -80,6 +84,25 @@ class World:
             self._rollout.sampling = sampling
         self._sampling = sampling
 
+    def require_sampling(self, sampling: SamplingConfig, /) -> None:
+        """Refuse what `sampling` would refuse to be set to; change nothing.
+
+        Raises:
+            ConfigError: as setting it does.
+        """
+        rollout, _ = self._state()
+        copy(rollout).sampling = sampling
+
+    @property
+    def forwards(self) -> int:
+        """How many the last step needed; 0 before the first."""
+        return self._state()[0].forwards
+
+    @property
+    def visible_frames(self) -> int:
+        """Latent frames that the next step sees: the prompt's and those since, to the context's."""
+        return min(self._state()[0].frame, self.model.config.context_frames)
+
     def reset(self, codes_thw: torch.Tensor, slots_TA: SlotArray, /, *, seed: int) -> Frames:
         """Start from a prompt; return its frames_THWC as the decoder sees them.
 
@@ -122,7 +145,10 @@ class World:
     def snapshot(self) -> WorldSnapshot:
         """Return the state, independent of what follows."""
         rollout, decoder = self._state()
-        return WorldSnapshot(rollout.snapshot(), self._copy(decoder))
+        kept, copied = rollout.snapshot(), self._copy(decoder)
+        past_bytes = sum(codes_BSQ.nbytes for codes_BSQ in kept.past)
+        size_bytes = kept.cache.size_bytes + past_bytes + _held_bytes(copied, self._shared())
+        return WorldSnapshot(kept, copied, size_bytes)
 
     def restore(self, snapshot: WorldSnapshot, /) -> None:
         """Go back to a snapshot of this world; `sampling` stays as it is now."""
@@ -142,7 +168,33 @@ class World:
         Sessions are anybody's, so nothing is known of what they keep: all of it is copied but the
         tokenizer and its parts, which hold the weights and which decoding leaves as they are.
         """
-        shared: list[object] = [self.tokenizer]
-        if isinstance(self.tokenizer, nn.Module):
-            shared += self.tokenizer.modules()
-        return deepcopy(decoder, {id(part): part for part in shared})
+        return deepcopy(decoder, {id(part): part for part in self._shared()})
+
+    def _shared(self) -> list[object]:
+        """Return the tokenizer and its parts."""
+        tokenizer = self.tokenizer
+        modules = tokenizer.modules() if isinstance(tokenizer, nn.Module) else ()
+        return [tokenizer, *modules]
+
+
+def _held_bytes(thing: object, shared: Collection[object]) -> int:
+    """Return the memory of the tensors and arrays that anybody's object holds but does not share.
+
+    An estimate: what its own code hides from Python (slots, closures) is not seen.
+    """
+    seen = {id(part) for part in shared}
+    total, waiting = 0, [thing]
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, torch.Tensor | np.ndarray):
+            total += part.nbytes
+        elif isinstance(part, Mapping):
+            waiting += part.values()
+        elif isinstance(part, list | tuple | set | deque):
+            waiting += part
+        else:
+            waiting += getattr(part, "__dict__", {}).values()
+    return total

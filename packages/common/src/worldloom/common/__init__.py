@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .files import remove_leftovers as remove_leftovers
     from .files import storage_errors as storage_errors
     from .files import to_json as to_json
+    from .files import write_atomic as write_atomic
     from .files import write_bytes as write_bytes
     from .files import write_json as write_json
     from .interrupt import Interrupt as Interrupt
@@ -106,7 +107,8 @@ __getattr__, __dir__ = lazy_exports(
         "files": (
             "atomic_folder", "failpoint", "file_sha256", "is_leftover", "parse_json", "read_json",
             "read_limited",
-            "remove_leftovers", "storage_errors", "to_json", "write_bytes", "write_json",
+            "remove_leftovers", "storage_errors", "to_json", "write_atomic", "write_bytes",
+            "write_json",
         ),
         "interrupt": ("Interrupt",),
         "lazy": ("lazy_exports",),

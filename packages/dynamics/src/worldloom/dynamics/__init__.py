@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .rollout import generate_codes as generate_codes
     from .sampling import sample_codes as sample_codes
     from .sampling_config import SamplingConfig as SamplingConfig
+    from .sampling_config import decoders_of as decoders_of
     from .spec import DynamicsSpec as DynamicsSpec
     from .streaming import WindowStream as WindowStream
     from .training import train_dynamics_model as train_dynamics_model
@@ -42,7 +43,7 @@ __getattr__, __dir__ = lazy_exports(
         "model": ("DynamicsModel",),
         "rollout": ("Rollout", "Snapshot", "generate_codes"),
         "sampling": ("sample_codes",),
-        "sampling_config": ("SamplingConfig",),
+        "sampling_config": ("SamplingConfig", "decoders_of"),
         "spec": ("DynamicsSpec",),
         "streaming": ("WindowStream",),
         "training": ("train_dynamics_model",),

@@ -31,6 +31,8 @@ from worldloom.common import ActionSpec
 
 from .actions import NULL
 from .code_embedding import CodeEmbedding
+from .linear import Linear
+from .norm import Norm
 from .sampling import keyed_gumbel, sample_codes
 from .sampling_config import SamplingConfig
 from .transformer import gated_feed_forward
@@ -85,11 +87,11 @@ class ActionHead(nn.Module):
         self.code = CodeEmbedding(codebook_QVZ, dim)
         # There are many cells: the layer on each is a quarter as wide as the one after them.
         self.mix = gated_feed_forward(dim, mult=max(ff_mult / 4, 1 / dim))
-        self.norm = nn.RMSNorm(dim)
-        self.to_weights = nn.Linear(dim, _QUERIES, bias=False)
-        self.gather = nn.Linear(_QUERIES * dim, dim, bias=False)
+        self.norm = Norm(dim)
+        self.to_weights = Linear(dim, _QUERIES, bias=False)
+        self.gather = Linear(_QUERIES * dim, dim, bias=False)
         self.think = gated_feed_forward(dim, mult=ff_mult)
-        self.out_norm = nn.RMSNorm(dim)
+        self.out_norm = Norm(dim)
         self._add_symbols(actions)
         width = dim
         self.symbols: Symbols | None = None
@@ -103,7 +105,7 @@ class ActionHead(nn.Module):
                 num_heads=max(1, num_heads // 2),
                 ff_mult=ff_mult,
             )
-        self.to_logits = nn.Linear(width, self.num_values)
+        self.to_logits = Linear(width, self.num_values)
         nn.init.normal_(self.to_logits.weight, std=0.02)
 
     def _add_symbols(self, actions: ActionSpec) -> None:
@@ -257,7 +259,7 @@ class Symbols(nn.Module):
         ff_mult: float,
     ) -> None:
         super().__init__()
-        self.from_context = nn.Linear(dim, width, bias=False)
+        self.from_context = Linear(dim, width, bias=False)
         self.place = nn.Embedding(length, width)
         self.value = nn.Embedding(num_values + 1, width)
         for table in (self.place, self.value):

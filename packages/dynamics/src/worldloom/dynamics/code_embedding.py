@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .linear import Linear
+
 
 class CodeEmbedding(nn.Module):
     """One table of V + 1 entries a level."""
@@ -32,7 +34,7 @@ class CodeEmbedding(nn.Module):
         first_rows_Q = torch.arange(levels) * (size + 1)
         self.register_buffer("first_rows_Q", first_rows_Q, persistent=False)
         self.first_rows_Q: Tensor
-        self.latent_to_model = nn.Linear(code_dim, dim, bias=False)
+        self.latent_to_model = Linear(code_dim, dim, bias=False)
         self.learned = nn.Embedding(len(vectors), dim)
         nn.init.normal_(self.learned.weight, std=0.02)
 

@@ -5,12 +5,13 @@ from typing import Any, Literal, get_args
 
 from worldloom.common import ConfigError
 
-Order = Literal["raster", "row", "frame"]
+Order = Literal["raster", "row", "frame", "masked"]
 """What a cell may see of its own latent frame, besides all earlier frames.
 
     raster  every cell before it, row by row: one forward a cell
     row     the rows above it: one forward a row
     frame   nothing: one forward a frame
+    masked  nothing, and then, in as many passes as are asked for, the cells that were surest
 """
 
 AttentionKind = Literal["full", "factorised"]
@@ -51,7 +52,8 @@ class DynamicsConfig:
     ff_mult: float = 2.0
     """Width of the gated feed-forward layers, as a multiple of dim."""
     order: Order = "frame"
-    """What a cell may see of its own frame: raster (all before it), row (rows above), frame."""
+    """What a cell may see of its own frame: raster (all before it), row (rows above), frame
+    (nothing), masked (nothing, then any: it learns to refine, and updates take twice as long)."""
     context_frames: int = 16
     """Latent frames visible at once, t, the current one included. Not pixel frames."""
     num_meta_tokens: int = 16
@@ -109,11 +111,11 @@ class DynamicsConfig:
                 "dynamics: attention factorised with one layer would never look along time: layers "
                 "take turns between space and time; choose at least 2"
             )
-        if self.order == "frame" and not self.previous_frame:
+        if self.order in ("frame", "masked") and not self.previous_frame:
             raise ConfigError(
-                "dynamics: order frame with previous_frame off would feed no codes at all, since "
-                "its cells see nothing of their own frame; choose order row or raster, or leave "
-                "previous_frame on"
+                f"dynamics: order {self.order} with previous_frame off would feed no codes at all, "
+                "since its cells see nothing of their own frame; choose order row or raster, or "
+                "leave previous_frame on"
             )
 
     def _check_choices(self) -> None:

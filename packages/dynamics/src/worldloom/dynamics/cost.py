@@ -111,7 +111,7 @@ def measured_times_s(
     dynamics = _fresh(config, spec, training).to(accelerator.device)
     alone = replace(training, batch_windows=windows, micro_windows=0, sharded=False)
     learner = Learner(dynamics, None, training=alone, accelerator=accelerator)
-    batch = _nothing(spec, training.window_frames, windows).to(accelerator.device)
+    batch = _nothing(config, spec, training.window_frames, windows).to(accelerator.device)
     gradients_s = update_s = 0.0
     for _ in range(2):
         began = time.monotonic()
@@ -145,21 +145,24 @@ def _some_codebook_VZ(spec: DynamicsSpec) -> npt.NDArray[np.float32]:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def _nothing(spec: DynamicsSpec, frames: int, windows: int) -> WindowBatch:
-    """Return windows of code 0 and action 0."""
+def _nothing(config: DynamicsConfig, spec: DynamicsSpec, frames: int, windows: int) -> WindowBatch:
+    """Return windows of code 0 and action 0; all masked, for a model that refines."""
     codes = spec.tokenizer.codes
+    shape = (windows, frames, codes.grid_height, codes.grid_width)
     steps = (frames - 1) * codes.frames_per_latent
     return WindowBatch(
         codes_Bthw=torch.zeros(windows, *codes.codes_shape(frames), dtype=torch.int64),
         slots_BTA=torch.zeros(windows, steps, spec.actions.num_slots, dtype=torch.int64),
         valid_Bt=torch.ones(windows, frames, dtype=torch.bool),
+        known_Bthw=torch.zeros(shape, dtype=torch.bool) if config.order == "masked" else None,
     )
 
 
 def _num_tokens(dynamics: DynamicsModel, frames: int) -> int:
-    """Return how many tokens a window's sequence has."""
+    """Return how many tokens a window's sequence has, in training."""
     grid = dynamics.grid
-    return dynamics.config.num_meta_tokens + (frames - grid.first_frame) * grid.tokens
+    in_frames = (frames - grid.first_frame) * grid.tokens
+    return dynamics.config.num_meta_tokens + in_frames * (2 if grid.refines else 1)
 
 
 def _count(
@@ -168,10 +171,9 @@ def _count(
     """Return bytes kept by the forward of one window besides the model, and its operations."""
     dynamics.transformer.recompute = recompute
     objective = Objective(dynamics, z_loss=training.z_loss > 0, bf16=training.bf16)
-    batch = _nothing(dynamics.spec, training.window_frames, 1)
     # What a window's forward makes once and keeps; it looks at values, which fake tensors lack.
     with torch.no_grad():
-        dynamics.layout.window(training.window_frames, 1)
+        dynamics.layout.window(training.window_frames, 1, twice=dynamics.grid.refines)
     kept: dict[int, int] = {}
     alive: list[Tensor] = []
 
@@ -183,7 +185,7 @@ def _count(
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         held = {name: _fake(tensor) for name, tensor in _named_tensors(objective)}
-        batch = WindowBatch(*(torch.zeros(t.shape, dtype=t.dtype) for t in _tensors(batch)))
+        batch = _nothing(dynamics.config, dynamics.spec, training.window_frames, 1)
         with (
             FlopCounterMode(display=False) as counter,
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
@@ -198,10 +200,6 @@ def _count(
 def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Return parameters and buffers by name."""
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _tensors(batch: WindowBatch) -> tuple[Tensor, Tensor, Tensor]:
-    return batch.codes_Bthw, batch.slots_BTA, batch.valid_Bt
 
 
 def _fake(tensor: Tensor) -> Tensor:

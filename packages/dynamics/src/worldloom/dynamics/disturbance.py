@@ -2,10 +2,15 @@
 
     WindowBatch, one generator a row  ->  WindowBatch
 
-A row's draws come from its own generator, so they are the same in whichever process it is.
+And which cells it may look at to predict the others of their frame, if it learns to refine. A
+row's draws come from its own generators, so they are the same in whichever process it is.
+
+Source: the schedule of masks, MaskGIT (arXiv:2202.04200), section 3.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
@@ -72,3 +77,29 @@ def corrupt(
         others.append(torch.randint(vocab_size, shape, generator=rng))
     device = codes_Bthw.device
     return torch.where(torch.stack(replaced).to(device), torch.stack(others).to(device), codes_Bthw)
+
+
+def mask_cells(
+    fed: WindowBatch, training: DynamicsTrainingConfig, /, *, step: int, rows: Sequence[int]
+) -> WindowBatch:
+    """Return what a model that learns to refine is fed in update `step`: with `known_Bthw`.
+
+    In every frame random cells are known, as many as might be in the midst of a refinement.
+    Of S cells ceil(S cos(pi u / 2)) are masked, u drawn from [0, 1) for every window and frame. One
+    cell at least is masked, and one at least is not: every frame is predicted from none besides.
+
+    Args:
+        fed: from `disturb`.
+        training: its seed.
+        step: the update.
+        rows: where the windows stand in the whole batch, over all processes.
+    """
+    frames, height, width = fed.codes_Bthw.shape[1:4]
+    cells, known = height * width, []
+    for row in rows:
+        rng = stream(training.seed, "dynamics-masks", step, row)
+        shares_t1 = torch.cos(math.pi / 2 * torch.rand(frames, 1, generator=rng))
+        masked_t1 = torch.ceil(cells * shares_t1).clamp(max=max(1, cells - 1))
+        ranks_tS = torch.rand(frames, cells, generator=rng).argsort(-1).argsort(-1)
+        known.append((ranks_tS >= masked_t1).reshape(frames, height, width))
+    return replace(fed, known_Bthw=torch.stack(known).to(fed.codes_Bthw.device))

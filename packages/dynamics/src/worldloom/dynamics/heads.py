@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Head
+from .linear import Linear
 
 
 class CodeHead(nn.Module):
@@ -28,14 +29,14 @@ class CodeHead(nn.Module):
         self.kind = kind
         vocab_size, code_dim = codebook_VZ.shape
         if kind == "linear":
-            self.to_logits = nn.Linear(dim, vocab_size)
+            self.to_logits = Linear(dim, vocab_size)
             nn.init.normal_(self.to_logits.weight, std=0.02)
             return
         # Codebooks come at any scale and anywhere; in here they have unit variance about 0.
         spread = codebook_VZ.std(correction=0).clamp_min(1e-6)
         self.register_buffer("vectors_VZ", (codebook_VZ - codebook_VZ.mean(0)) / spread)
         self.vectors_VZ: Tensor
-        self.model_to_latent = nn.Linear(dim, code_dim, bias=False)
+        self.model_to_latent = Linear(dim, code_dim, bias=False)
         # Logits of about unit variance at the start, from tokens of unit variance.
         nn.init.normal_(self.model_to_latent.weight, std=dim**-0.5)
         self.log_scale = nn.Parameter(torch.tensor([-0.5 * math.log(code_dim)]))

@@ -19,6 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .norm import Norm
+
 
 class HyperConnection(nn.Module):
     """The connections of one branch."""
@@ -33,7 +35,7 @@ class HyperConnection(nn.Module):
         """
         super().__init__()
         self.num_streams = num_streams
-        self.norm = nn.RMSNorm(dim)
+        self.norm = Norm(dim)
         read_s1 = torch.zeros(num_streams, 1)
         read_s1[index % num_streams] = 1.0
         share_st = torch.cat([read_s1, torch.eye(num_streams), torch.ones(num_streams, 1)], dim=1)

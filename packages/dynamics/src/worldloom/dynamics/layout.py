@@ -1,6 +1,7 @@
 """Sizes of a grid and a context -> where the tokens of a forward stand and what they see.
 
     latent frames, a batch          ->  window    ->  Rotation, Sight; those of the last are kept
+    the same, twice                 ->  window    ->  the same of tokens that refine frames, besides
     a latent frame before a cache   ->  frame     ->  Rotation, mask_TM
     some of its tokens              ->  in_frame  ->  Sight
 
@@ -23,8 +24,8 @@ from .positions import (
     no_place,
     nowhere_in_space,
 )
-from .sequence import Grid, sight_mask, space_mask, time_mask
-from .sight import FactorisedFrameCache, FactorisedWindow, FrameCache, Sight, Window
+from .sequence import Grid, earlier_frames, sight_mask, space_mask, time_mask
+from .sight import FactorisedFrameCache, FactorisedWindow, FrameCache, Sight, Window, blocks_of
 
 
 class Layout(nn.Module):
@@ -46,20 +47,26 @@ class Layout(nn.Module):
         self.space_sin: Tensor
         self.own_TT: Tensor
         self._sees_whole_frame = bool(own_TT.all())
-        self._kept: tuple[tuple[int, int, torch.device], tuple[Rotation, Sight]] | None = None
+        self._kept: tuple[tuple[int, int, bool, torch.device], tuple[Rotation, Sight]] | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the constants are."""
         return self.own_TT.device
 
-    def window(self, frames: int, batch: int, /) -> tuple[Rotation, Sight]:
-        """Return rotation and sight of the meta tokens and a batch of windows, packed."""
-        key = (frames, batch, self.device)
+    def window(self, frames: int, batch: int, /, *, twice: bool = False) -> tuple[Rotation, Sight]:
+        """Return rotation and sight of the meta tokens and a batch of windows, packed.
+
+        Args:
+            frames: latent frames of a window.
+            batch: how many windows.
+            twice: whether each has tokens that refine its frames behind those that do not.
+        """
+        key = (frames, batch, twice, self.device)
         if self._kept is None or self._kept[0] != key:
             # Made while generating, they may be needed for training: not as inference tensors.
             with torch.inference_mode(mode=False):
-                turn, sight = self._make_window(frames)
+                turn, sight = self._make_window(frames, twice)
                 turn = turn.packed(batch, num_meta=self.num_meta)
                 self._kept = (key, (turn, sight))
         return self._kept[1]
@@ -71,7 +78,8 @@ class Layout(nn.Module):
     def frame(self, frame: int, cache: KVCache, /) -> tuple[Rotation, Tensor | None]:
         """Return a frame's rotation, and which of the visible keys its tokens may see.
 
-        No mask where they may see all, or where layers take turns.
+        0 where they may, -inf where not: torch would make this of booleans in every layer. No mask
+        where they may see all, or where layers take turns.
         """
         now = in_time(torch.tensor([frame]), self.axes).to(self.device)
         turn = every(now, Rotary(self.space_cos, self.space_sin)).rotation()
@@ -79,12 +87,14 @@ class Layout(nn.Module):
             return turn, None
         # What lies in the frame's place behind the cells decided so far is left over from the
         # frame that slid out.
-        shape = (self.grid.tokens, cache.visible(frame))
-        mask_TM = torch.ones(shape, dtype=torch.bool, device=self.device)
-        mask_TM[:, cache.places(frame, 0, self.grid.tokens)] = self.own_TT
+        mask_TM = cache.keys.new_zeros(self.grid.tokens, cache.visible(frame))
+        own_TT = mask_TM[:, cache.places(frame, 0, self.grid.tokens)]
+        own_TT.masked_fill_(~self.own_TT, -torch.inf)
         return turn, mask_TM
 
-    def in_frame(self, frame: int, span: slice, mask_TM: Tensor | None, cache: KVCache, /) -> Sight:
+    def in_frame(
+        self, frame: int, span: slice, mask_TM: Tensor | None, cache: KVCache, /
+    ) -> FrameCache | FactorisedFrameCache:
         """Return what tokens [span) of a frame see, before a cache; `mask_TM` is from `frame`."""
         if self.factorised:
             return FactorisedFrameCache(
@@ -94,19 +104,22 @@ class Layout(nn.Module):
         mask_LM = None if mask_TM is None else mask_TM[span]
         return FrameCache(cache, frame, span.start, span.stop, mask_LM)
 
-    def _make_window(self, frames: int) -> tuple[Rotation, Sight]:
+    def _make_window(self, frames: int, twice: bool) -> tuple[Rotation, Sight]:
         frames_f = torch.arange(self.grid.first_frame, frames)
-        now_f = in_time(frames_f, self.axes)
+        earlier_ff = earlier_frames(
+            frames=len(frames_f), context_frames=self.context_frames, twice=twice
+        )
+        now_f = in_time(frames_f.repeat(2) if twice else frames_f, self.axes)
         turn = join(no_place(self.num_meta, self.axes), every(now_f, self._space_rotary()))
         turn_there = turn.rotation().to(self.device)
-        count = {"frames": len(frames_f), "num_meta": self.num_meta}
         if self.factorised:
-            within = space_mask(self.grid, **count)
-            along = time_mask(context_frames=self.context_frames, **count)
+            within = space_mask(self.grid, frames=len(earlier_ff), num_meta=self.num_meta)
+            along = time_mask(earlier_ff, num_meta=self.num_meta)
             masks = (within.to(self.device), along.to(self.device))
             return turn_there, FactorisedWindow(self.num_meta, *masks)
-        mask_LM = sight_mask(self.grid, context_frames=self.context_frames, **count)
-        return turn_there, Window(self.num_meta, mask_LM.to(self.device))
+        mask_LM = sight_mask(self.grid, earlier_ff, num_meta=self.num_meta)
+        blocks = blocks_of(mask_LM.to(self.device), num_meta=self.num_meta)
+        return turn_there, Window(self.num_meta, len(mask_LM), blocks)
 
     def _space_rotary(self) -> Rotary:
         """Return the part of the rotation of a frame's tokens that rows and columns decide."""

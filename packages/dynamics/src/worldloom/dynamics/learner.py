@@ -134,7 +134,7 @@ class Learner:
             fed: what the model is given instead, of the same windows.
         """
         self.dynamics.train()
-        counts: Tensor = self._accelerator.reduce(self._objective.counts(batch))
+        counts: Tensor = self._accelerator.reduce(self._objective.counts(batch, fed))
         num_windows = len(batch.valid_Bt)
         part = self.micro_windows or num_windows
         sums: Losses | None = None
@@ -169,7 +169,7 @@ class Learner:
             TrainingError: if not even one fits.
         """
         parameters = list(self.dynamics.parameters())
-        counts = self._objective.counts(batch)
+        counts = self._objective.counts(batch, fed)
         most = len(batch.valid_Bt)
 
         def attempt(count: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .code_embedding import CodeEmbedding
 from .config import Head
 from .heads import CodeHead
+from .norm import Norm
 from .transformer import gated_feed_forward
 
 
@@ -30,7 +31,7 @@ class LevelHead(nn.Module):
         self.level = nn.Embedding(levels - 1, dim)
         nn.init.normal_(self.level.weight, std=0.02)
         self.mix = gated_feed_forward(dim, mult=ff_mult)
-        self.norm = nn.RMSNorm(dim)
+        self.norm = Norm(dim)
         self.heads = nn.ModuleList(CodeHead(head, book, dim=dim) for book in codebook_QVZ[1:])
 
     def forward(self, tokens_BLD: Tensor, below_BLq: Tensor, /) -> Tensor:

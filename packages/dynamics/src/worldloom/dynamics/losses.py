@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy as library_cross_entropy
 
 from .windows import WindowBatch
 
-_IGNORED = -100
+IGNORED = -100
+"""What is no label, in the place of a code."""
 
 
 def cross_entropy(logits_BfSV: Tensor, batch: WindowBatch, /) -> tuple[Tensor, int]:
@@ -46,10 +47,10 @@ def code_losses(
         return nats, torch.zeros_like(nats), right
     targets_L = _targets_BfN(batch).flatten()
     logits_LV = logits_BfSV.flatten(0, -2).float()
-    nats_L = library_cross_entropy(logits_LV, targets_L, ignore_index=_IGNORED, reduction="none")
+    nats_L = library_cross_entropy(logits_LV, targets_L, ignore_index=IGNORED, reduction="none")
     # log-denominator = nats + true logit: one softmax serves both.
     true_L = logits_LV.gather(1, targets_L.clamp_min(0)[:, None])[:, 0]
-    log_denominators_L = torch.where(targets_L == _IGNORED, 0, nats_L + true_L)
+    log_denominators_L = torch.where(targets_L == IGNORED, 0, nats_L + true_L)
     return nats_L.sum(), log_denominators_L.square().sum(), right
 
 
@@ -69,7 +70,7 @@ def _summed_nats(logits_BfSV: Tensor, batch: WindowBatch) -> Tensor:
     return library_cross_entropy(
         logits_BfSV.flatten(0, -2).float(),
         _targets_BfN(batch).flatten(),
-        ignore_index=_IGNORED,
+        ignore_index=IGNORED,
         reduction="sum",
     )
 
@@ -77,4 +78,4 @@ def _summed_nats(logits_BfSV: Tensor, batch: WindowBatch) -> Tensor:
 def _targets_BfN(batch: WindowBatch) -> Tensor:
     """Return the N = S * Q codes a frame to predict, with padding as what is ignored."""
     codes_BfN = batch.codes_Bthw[:, 1:].flatten(2)
-    return torch.where(batch.valid_Bt[:, 1:, None], codes_BfN, _IGNORED)
+    return torch.where(batch.valid_Bt[:, 1:, None], codes_BfN, IGNORED)

@@ -1,6 +1,7 @@
 """The dynamics model: codes and actions -> logits of the next latent frame's codes.
 
     codes_Bthw, slots_BTA (r per latent frame after the first)  ->  tokens_BfSD, f = 1 .. t-1
+    the same, known_Bthw                                        ->  these and refined_BfSD
     tokens_BfSD                                                 ->  logits_BfSV
     tokens_BfSD, codes_BthwQ where cells have levels            ->  logits_BfSQV
 
@@ -46,7 +47,7 @@ from .level_head import LevelHead
 from .meta_tokens import MetaTokens
 from .positions import Rotation
 from .sequence import Grid, flatten_codes, shift_before, shift_beside
-from .sight import MetaCache
+from .sight import MetaCache, Passing
 from .spec import DynamicsSpec
 from .transformer import Transformer
 
@@ -67,7 +68,10 @@ class OpenFrame:
     turn: Rotation
     """Every token's rotation."""
     mask_TM: Tensor | None
-    """Which of the visible keys every token may see; None for all, or where layers take turns."""
+    """What to add to every token's scores of the visible keys: -inf where it may not see one.
+
+    None where all may be seen, or where layers take turns.
+    """
     cache: KVCache
 
 
@@ -114,6 +118,7 @@ class DynamicsModel(nn.Module):
             self.meta = MetaTokens(config.num_meta_tokens, config.dim)
             self.before = CodeEmbedding(codebook_QVZ, config.dim) if config.previous_frame else None
             self.beside = CodeEmbedding(codebook_QVZ, config.dim) if self.grid.beside else None
+            self.own = CodeEmbedding(codebook_QVZ, config.dim) if self.grid.refines else None
             self.cell = nn.Embedding(self.grid.cells, config.dim) if config.cell_embedding else None
             if self.cell is not None:
                 nn.init.normal_(self.cell.weight, std=0.02)
@@ -173,6 +178,39 @@ class DynamicsModel(nn.Module):
         They have seen the codes of earlier frames, by the order some of their own, and the actions
         up to those that lead to their frame.
         """
+        return self._window_tokens(codes_Bthw, slots_BTA, inputs_Bthw, None)
+
+    def tokens_and_refined(
+        self,
+        codes_Bthw: Tensor,
+        slots_BTA: Tensor,
+        known_Bthw: Tensor,
+        /,
+        *,
+        inputs_Bthw: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `tokens` does, and refined_BfSD: those that also know some of their frame.
+
+        For models of order masked. Where no cell is known, both are the same.
+
+        Args:
+            codes_Bthw: as `forward`'s, as are the other two.
+            slots_BTA: the actions.
+            known_Bthw: True where a cell's own code may be looked at, without levels.
+            inputs_Bthw: codes to feed instead.
+        """
+        both = self._window_tokens(codes_Bthw, slots_BTA, inputs_Bthw, known_Bthw)
+        tokens_BfSD, refined_BfSD = both.chunk(2, dim=1)
+        return tokens_BfSD, refined_BfSD
+
+    def _window_tokens(
+        self,
+        codes_Bthw: Tensor,
+        slots_BTA: Tensor,
+        inputs_Bthw: Tensor | None,
+        known_Bthw: Tensor | None,
+    ) -> Tensor:
+        """Return tokens_BfSD; those that refine, if there are known cells, as frames behind."""
         codes = self.spec.tokenizer.codes
         fed_BtSQ = flatten_codes("codes", codes_Bthw, codes)
         batch, frames = fed_BtSQ.shape[:2]
@@ -187,9 +225,15 @@ class DynamicsModel(nn.Module):
         if first == 0:  # no action leads to frame 0
             fed_0_BTD = self._feed(fed_BtSQ[:, :1], before_BtSQ[:, :1], None)
             fed_BLD = torch.cat([fed_0_BTD, fed_BLD], dim=1)
+        if known_Bthw is not None:
+            assert self.grid.refines
+            unmasked_BfSD = self._unmask(fed_BtSQ[:, 1:], known_Bthw[:, 1:].flatten(2))
+            fed_BfTD = rearrange(fed_BLD, "B (f T) D -> B f T D", T=self.grid.tokens)
+            refining_BfTD = _add_to_cells(fed_BfTD, unmasked_BfSD, self.grid.lead)
+            fed_BLD = torch.cat([fed_BLD, refining_BfTD.flatten(1, 2)], dim=1)
         # The meta tokens see no window: once is enough.
         packed_1PD = torch.cat([self.meta(), fed_BLD.reshape(1, -1, self.config.dim)], dim=1)
-        turn, sight = self.layout.window(frames, batch)
+        turn, sight = self.layout.window(frames, batch, twice=known_Bthw is not None)
         out_PD = self.transformer(packed_1PD, turn, sight)[0, self.config.num_meta_tokens :]
         out_BfTD = rearrange(out_PD, "(B f T) D -> B f T D", B=batch, T=self.grid.tokens)
         cells_BfSD: Tensor = out_BfTD[:, 1 - first :, self.grid.lead :]
@@ -252,11 +296,27 @@ class DynamicsModel(nn.Module):
         lead = tokens_BLD.shape[1] - (cells.stop - cells.start)
         if self.beside is not None:
             beside_BSQ = shift_beside(codes_BSQ, there.before_BSQ, self.grid)
-            beside_BsD = self.beside(beside_BSQ[:, cells])
-            tokens_BLD = torch.cat([tokens_BLD[:, :lead], tokens_BLD[:, lead:] + beside_BsD], dim=1)
+            tokens_BLD = _add_to_cells(tokens_BLD, self.beside(beside_BSQ[:, cells]), lead)
         sight = self.layout.in_frame(there.frame, span, there.mask_TM, there.cache)
         out_BLD: Tensor = self.transformer(tokens_BLD, there.turn.of(span), sight)
         return out_BLD[:, lead:]
+
+    def refined_tokens(self, there: OpenFrame, codes_BSQ: Tensor, known_BS: Tensor, /) -> Tensor:
+        """Return tokens_BSD of a frame of which some cells are known; the cache stays as it is.
+
+        For models of order masked, after `remember` or `cached_tokens` of the whole frame.
+
+        Args:
+            there: the frame, from `open_frame`.
+            codes_BSQ: codes of the frame; of cells that are not known they are not looked at.
+            known_BS: True where a cell's code is known.
+        """
+        unmasked_BSD = self._unmask(codes_BSQ, known_BS)
+        fed_BTD = _add_to_cells(there.fed_BTD, unmasked_BSD, self.grid.lead)
+        span = slice(0, self.grid.tokens)
+        sight = Passing(self.layout.in_frame(there.frame, span, there.mask_TM, there.cache))
+        out_BTD: Tensor = self.transformer(fed_BTD, there.turn, sight)
+        return out_BTD[:, self.grid.lead :]
 
     def level_logits(self, tokens_BLD: Tensor, below_BLq: Tensor, /) -> Tensor:
         """Return logits_BLV of level q of some cells.
@@ -289,15 +349,14 @@ class DynamicsModel(nn.Module):
         fed_BfTD = self._feed_but_beside(before_BfSQ, slots_BfrA)
         if self.beside is not None:
             beside_BfSD = self.beside(shift_beside(codes_BfSQ, before_BfSQ, self.grid))
-            lead = self.grid.lead
-            fed_BfTD = torch.cat([fed_BfTD[:, :, :lead], fed_BfTD[:, :, lead:] + beside_BfSD], 2)
+            fed_BfTD = _add_to_cells(fed_BfTD, beside_BfSD, self.grid.lead)
         return fed_BfTD.flatten(1, 2)
 
     def _feed_but_beside(self, before_BfSQ: Tensor, slots_BfrA: Tensor | None) -> Tensor:
         """Return what tokens are fed besides codes of their own frame, (B, f, T, D).
 
-        Without slots no action leads to the frame: nothing is added, and actions that have tokens
-        are null.
+        With order masked that is a mask in the place of a cell's own code. Without slots no action
+        leads to the frame: nothing is added, and actions that have tokens are null.
         """
         batch, frames, cells, _ = before_BfSQ.shape
         shape = (batch, frames, cells, self.config.dim)
@@ -306,6 +365,8 @@ class DynamicsModel(nn.Module):
             fed_BfSD = self.before(before_BfSQ)
         if self.cell is not None:
             fed_BfSD = fed_BfSD + self.cell.weight
+        if self.own is not None:
+            fed_BfSD = fed_BfSD + self._mask_D()
         if self.grid.lead:
             if slots_BfrA is None:
                 shape = (batch, frames, self.steps_per_frame, self.spec.actions.num_slots)
@@ -314,6 +375,21 @@ class DynamicsModel(nn.Module):
         if slots_BfrA is not None:
             fed_BfSD = fed_BfSD + self.actions(slots_BfrA).sum(2)[:, :, None]
         return fed_BfSD
+
+    def _unmask(self, codes: Tensor, known: Tensor) -> Tensor:
+        """Return what to add to cells whose own code is known: that code for the mask."""
+        assert self.own is not None
+        none = self.spec.tokenizer.codes.vocab_size
+        unmasked: Tensor = self.own(codes.masked_fill(~known[..., None], none)) - self._mask_D()
+        return unmasked
+
+    def _mask_D(self) -> Tensor:
+        """Return what stands for an own code that is not known: the vectors of no code."""
+        assert self.own is not None
+        codes = self.spec.tokenizer.codes
+        none_Q = torch.full((codes.num_levels,), codes.vocab_size, device=self.device)
+        mask_D: Tensor = self.own(none_Q)
+        return mask_D
 
     def save(self, folder: Path, /, *, card: str) -> None:
         """Write a model directory that `from_pretrained` reads."""
@@ -342,6 +418,14 @@ class DynamicsModel(nn.Module):
         load_weights(model, weights, where=str(folder))
         model.eval().requires_grad_(requires_grad=False)
         return model.to(device)
+
+
+def _add_to_cells(fed_BTD: Tensor, cells_BSD: Tensor, lead: int) -> Tensor:
+    """Return tokens with something added to the cells' behind those of actions."""
+    if lead == 0:
+        return fed_BTD + cells_BSD
+    actions_BAD, rest_BSD = fed_BTD[..., :lead, :], fed_BTD[..., lead:, :]
+    return torch.cat([actions_BAD, rest_BSD + cells_BSD], dim=-2)
 
 
 def _codebook_QVZ(codebook_VZ: npt.NDArray[np.float32], codes: CodeSpec) -> Tensor:

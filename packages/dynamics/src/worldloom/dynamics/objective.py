@@ -8,18 +8,22 @@ weighs the same wherever it is:
 
     code nats / codes  +  action_weight * action nats / actions  +  z_loss * squares / codes
 
+A model of order masked predicts every code from its frame's cells all masked, and those that are
+masked in `fed` once more, given the others: both count.
+
 The z-loss keeps the logarithm of the softmax's denominator near 0, where bf16 resolves it best.
 
 Source: z-loss, PaLM (arXiv:2204.02311), section 5.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .losses import code_losses
+from .losses import IGNORED, code_losses
 from .model import DynamicsModel
 from .sequence import flatten_codes
 from .windows import WindowBatch
@@ -69,16 +73,28 @@ class Objective(nn.Module):
         too. Both windows are the same but for that.
         """
         dynamics, action_head = self.dynamics, self.dynamics.action_head
+        refined_BfSV = None
         with torch.autocast(batch.codes_Bthw.device.type, torch.bfloat16, enabled=self.bf16):
-            tokens_BfSD = dynamics.tokens(
-                batch.codes_Bthw, fed.slots_BTA, inputs_Bthw=fed.codes_Bthw
-            )
+            if fed.known_Bthw is None:
+                tokens_BfSD = dynamics.tokens(
+                    batch.codes_Bthw, fed.slots_BTA, inputs_Bthw=fed.codes_Bthw
+                )
+            else:
+                tokens_BfSD, refined_BfSD = dynamics.tokens_and_refined(
+                    batch.codes_Bthw, fed.slots_BTA, fed.known_Bthw, inputs_Bthw=fed.codes_Bthw
+                )
+                refined_BfSV = dynamics.logits(refined_BfSD, batch.codes_Bthw)
             logits_BfSV = dynamics.logits(tokens_BfSD, batch.codes_Bthw)
             if action_head is not None:
                 codes = dynamics.spec.tokenizer.codes
                 codes_BtSQ = flatten_codes("codes", batch.codes_Bthw, codes)
                 actions_BfLX = action_head(tokens_BfSD, codes_BtSQ, self._labels(batch))
-        code_nats, squares, codes_right = code_losses(logits_BfSV, batch, squares=self.z_loss)
+        sums = code_losses(logits_BfSV, batch, squares=self.z_loss)
+        if refined_BfSV is not None:
+            masked = _masked_alone(batch, fed)
+            others = code_losses(refined_BfSV, masked, squares=self.z_loss)
+            sums = (sums[0] + others[0], sums[1] + others[1], sums[2] + others[2])
+        code_nats, squares, codes_right = sums
         action_nats = actions_right = torch.zeros_like(code_nats)
         if action_head is not None:
             action_nats, _, actions_right = action_head.nats(
@@ -86,13 +102,20 @@ class Objective(nn.Module):
             )
         return Losses(code_nats, squares, action_nats, codes_right, actions_right)
 
-    def counts(self, batch: WindowBatch, /) -> Tensor:
+    def counts(self, batch: WindowBatch, fed: WindowBatch | None = None, /) -> Tensor:
         """Return how many codes and how many actions are labels, int64 (2,).
 
         A pure function of the windows: it is needed before the first forward.
+
+        Args:
+            batch: the truth.
+            fed: what is fed; only of a model of order masked it makes a difference.
         """
         valid_Bf = batch.valid_Bt[:, 1:]
         codes = valid_Bf.sum() * batch.codes_Bthw[0, 0].numel()
+        if fed is not None and fed.known_Bthw is not None:
+            masked = ~fed.known_Bthw[:, 1:].flatten(2) & valid_Bf[..., None]
+            codes = codes + masked.sum() * self.dynamics.spec.tokenizer.codes.num_levels
         actions = torch.zeros_like(codes)
         if self.dynamics.action_head is not None:
             actions = self.dynamics.action_head.num_labels(self._labels(batch), valid_Bf)
@@ -103,6 +126,15 @@ class Objective(nn.Module):
         steps = self.dynamics.steps_per_frame
         slots_BfrA: Tensor = rearrange(batch.slots_BTA, "B (f r) A -> B f r A", r=steps)
         return slots_BfrA
+
+
+def _masked_alone(batch: WindowBatch, fed: WindowBatch) -> WindowBatch:
+    """Return the true windows with what is known no longer a label."""
+    codes_Bthw, known_Bthw = batch.codes_Bthw, fed.known_Bthw
+    assert known_Bthw is not None
+    if codes_Bthw.dim() > known_Bthw.dim():
+        known_Bthw = known_Bthw[..., None]
+    return replace(batch, codes_Bthw=codes_Bthw.masked_fill(known_Bthw, IGNORED))
 
 
 def mean_loss(losses: Losses, counts: Tensor, /, *, action_weight: float, z_loss: float) -> Tensor:

@@ -53,9 +53,9 @@ class Rotary(NamedTuple):
 
     def rotation(self) -> "Rotation":
         """Return it as `rotate` takes it: made once, used in every layer."""
-        return Rotation(
-            torch.cat([self.cos, self.cos], dim=-1), torch.cat([-self.sin, self.sin], dim=-1)
-        )
+        own = torch.cat([self.cos, self.cos], dim=-1)
+        partner = torch.cat([-self.sin, self.sin], dim=-1)
+        return Rotation(own[:, None], partner[:, None])
 
     def to(self, device: torch.device, /) -> "Rotary":
         """Return it on another device."""
@@ -63,7 +63,7 @@ class Rotary(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """A factor for every channel and for its partner's, (L, K)."""
+    """A factor for every channel and for its partner's, (L, 1, K): the same for every head."""
 
     own: Tensor
     partner: Tensor
@@ -79,7 +79,7 @@ class Rotation(NamedTuple):
     def packed(self, batch: int, /, *, num_meta: int) -> "Rotation":
         """Return that of the first tokens once, then of the others window after window."""
         own, partner = (
-            torch.cat([part[:num_meta], part[num_meta:].repeat(batch, 1)]) for part in self
+            torch.cat([part[:num_meta], part[num_meta:].repeat(batch, 1, 1)]) for part in self
         )
         return Rotation(own, partner)
 
@@ -137,7 +137,7 @@ def beside(first: Rotary, second: Rotary, /) -> Rotary:
 
 def rotate(tokens_BLNK: Tensor, rotation: Rotation, /) -> Tensor:
     """Turn every pair of channels (i, i + K/2) by its token's angle."""
-    own, partner = (factors[:, None].to(tokens_BLNK.dtype) for factors in rotation)
+    own, partner = (factors.to(tokens_BLNK.dtype) for factors in rotation)
     partners_BLNK = tokens_BLNK.roll(tokens_BLNK.shape[-1] // 2, dims=-1)
     return torch.addcmul(tokens_BLNK * own, partners_BLNK, partner)
 

@@ -24,8 +24,9 @@ from worldloom.common import ConfigError, FormatError, ShapeError, bind_shape
 from .actions import NULL
 from .decoders import Decoder, FrameDraw, open_decoder
 from .kv_cache import KVCache
+from .linear import pack_linears, packed_weights
 from .model import DynamicsModel
-from .sampling_config import SamplingConfig
+from .sampling_config import SamplingConfig, named_decoder
 from .sequence import flatten_codes, unflatten_codes
 
 
@@ -44,6 +45,7 @@ class Rollout:
     """A batch of worlds in motion."""
 
     @torch.inference_mode()
+    @packed_weights()
     def __init__(
         self,
         model: DynamicsModel,
@@ -67,7 +69,8 @@ class Rollout:
         Raises:
             ShapeError: if grid, levels, steps or seeds do not fit.
             FormatError: if a code or an action is not one of the model's.
-            ConfigError: if guidance is asked of a model without actions.
+            ConfigError: if guidance is asked of a model without actions, or a decoder that is not
+                for its order.
         """
         r = model.steps_per_frame
         codes_BtSQ = flatten_codes("prompt", prompt_codes_Bthw, model.spec.tokenizer.codes)
@@ -79,13 +82,14 @@ class Rollout:
             )
         self.model = model
         self._seeds_B = _check_seeds(seeds, model, batch=batch)
-        _check_guidance(sampling, model)
-        self._sampling, self._decoder = sampling, open_decoder(sampling.decoder)
+        self._sampling = _fitting(sampling, model)
+        self._decoder = open_decoder(self._sampling.decoder, model.config.order)
         codes_BtSQ = _check_codes(codes_BtSQ, model)
         slots_BTA = _check_slots(
             "prompt actions", prompt_slots_BTA, model, batch=batch, steps=(frames - 1) * r
         )
         slots_BfrA = rearrange(slots_BTA, "B (f r) A -> B f r A", r=r)
+        pack_linears(model)
         self._cache = model.start_cache(batch=batch)
         self._tokens_BSD: Tensor | None = None
         for frame in range(model.grid.first_frame, frames):
@@ -110,7 +114,10 @@ class Rollout:
 
     @property
     def sampling(self) -> SamplingConfig:
-        """How codes are drawn; all of it may be changed between steps."""
+        """How codes are drawn; all of it may be changed between steps.
+
+        Its decoder is named: in the place of `own` stands what that is for this model.
+        """
         return self._sampling
 
     @sampling.setter
@@ -118,14 +125,16 @@ class Rollout:
         """Draw what follows in another way.
 
         Raises:
-            ConfigError: if guidance is asked of a model without actions.
+            ConfigError: if guidance is asked of a model without actions, or a decoder that is not
+                for its order; nothing changed.
         """
-        _check_guidance(sampling, self.model)
+        sampling = _fitting(sampling, self.model)
         if sampling.decoder != self._sampling.decoder:
-            self._decoder = open_decoder(sampling.decoder)
+            self._decoder = open_decoder(sampling.decoder, self.model.config.order)
         self._sampling = sampling
 
     @torch.inference_mode()
+    @packed_weights()
     def step(self, slots_BrA: Tensor, /) -> Tensor:
         """Generate the next latent frame under these actions; return codes_Bhw (or BhwQ), int64.
 
@@ -159,6 +168,7 @@ class Rollout:
         return unflatten_codes(codes_BSQ.clone(), model.spec.tokenizer.codes)
 
     @torch.inference_mode()
+    @packed_weights()
     def act(self, *, temperature: float = 1.0) -> Tensor:
         """Return slots_BrA that the model itself would choose next, seeing the last frame.
 
@@ -329,13 +339,14 @@ def generate_codes(
     return torch.cat([prompt, *generated], dim=1)
 
 
-def _check_guidance(sampling: SamplingConfig, model: DynamicsModel, /) -> None:
-    """Refuse guidance where there is nothing to guide by."""
+def _fitting(sampling: SamplingConfig, model: DynamicsModel, /) -> SamplingConfig:
+    """Return it with the decoder's name for the model; refuse what the model cannot do."""
     if sampling.guided and model.spec.actions.num_slots == 0:
         raise ConfigError(
             f"sampling: guidance_scale is {sampling.guidance_scale}, must be 1 for this model: it "
             "was trained without actions, so there is nothing to guide it by"
         )
+    return replace(sampling, decoder=named_decoder(sampling.decoder, model.config.order))
 
 
 def _check_seeds(seeds: Sequence[int], model: DynamicsModel, /, *, batch: int) -> Tensor:

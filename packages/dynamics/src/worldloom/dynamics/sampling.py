@@ -45,9 +45,10 @@ def keyed_gumbel(
     if level:
         key_Bs = _mix(key_Bs ^ _mix(torch.tensor(level + (1 << 40), device=device)))
     bits_BsV = _mix(key_Bs[..., None] ^ _mix(codes_V + (1 << 48)))
-    # 24 bits, half-way between neighbours: never 0 or 1, exact in float32.
-    uniform = ((bits_BsV & 0xFFFFFF).float() + 0.5) * 2.0**-24
-    return -torch.log(-torch.log(uniform))
+    # 24 bits and a half: never 0. In the upper half float32 rounds to whole ones, and the last
+    # would be 1, its noise infinite.
+    noise_BsV = (bits_BsV & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24).clamp_(max=1 - 2.0**-24)
+    return noise_BsV.log_().neg_().log_().neg_()
 
 
 def sample_codes(
@@ -97,6 +98,6 @@ _SECOND = 0x94D049BB133111EB - (1 << 64)
 def _mix(lanes: Tensor) -> Tensor:
     """Return splitmix64's finaliser of every lane; a bijection of int64."""
     # torch shifts signs in; masks make the shifts logical.
-    lanes = (lanes ^ ((lanes >> 30) & 0x3FFFFFFFF)) * _FIRST
-    lanes = (lanes ^ ((lanes >> 27) & 0x1FFFFFFFFF)) * _SECOND
-    return lanes ^ ((lanes >> 31) & 0x1FFFFFFFF)
+    lanes = (lanes >> 30).bitwise_and_(0x3FFFFFFFF).bitwise_xor_(lanes).mul_(_FIRST)
+    lanes = (lanes >> 27).bitwise_and_(0x1FFFFFFFFF).bitwise_xor_(lanes).mul_(_SECOND)
+    return (lanes >> 31).bitwise_and_(0x1FFFFFFFF).bitwise_xor_(lanes)

@@ -5,13 +5,48 @@ from typing import Literal, get_args
 
 from worldloom.common import ConfigError
 
-DecoderName = Literal["jacobi", "raster", "auto"]
-"""In which forwards the cells of a latent frame are decided; the codes are the same.
+from .config import Order
 
-    jacobi  many groups at once, from a guess: few forwards
-    raster  group by group, in the model's order: the reference
-    auto    the one that a short measurement finds fastest on this device
+DecoderName = Literal["own", "jacobi", "raster", "row", "frame", "auto", "maskgit"]
+"""In which forwards the cells of a latent frame are decided. All but maskgit give the same codes.
+
+    own      what suits the model's order: jacobi for raster and row, frame, maskgit for masked
+    jacobi   many groups at once, from a guess: few forwards
+    raster   group by group, in the model's order: the reference
+    row      the same, for models of order row: a row at a time
+    frame    the same, for models of order frame: all cells at once
+    auto     the exact one that a short measurement finds fastest on this device
+    maskgit  all cells at once, and again those that were least sure: for models of order masked
 """
+
+_DECODERS: dict[Order, tuple[DecoderName, ...]] = {
+    "raster": ("jacobi", "raster", "auto"),
+    "row": ("jacobi", "row", "raster", "auto"),
+    "frame": ("frame", "raster", "jacobi", "auto"),
+    "masked": ("maskgit", "auto"),
+}
+
+
+def decoders_of(order: Order, /) -> tuple[DecoderName, ...]:
+    """Return the decoders that models of an order take, their own one first."""
+    return _DECODERS[order]
+
+
+def named_decoder(name: DecoderName, order: Order, /) -> DecoderName:
+    """Return the decoder that a name means for models of an order.
+
+    Raises:
+        ConfigError: if they do not take it.
+    """
+    if name == "own":
+        return decoders_of(order)[0]
+    if name not in decoders_of(order):
+        raise ConfigError(
+            f"sampling: decoder is {name}, but this model's order is {order}, whose cells are not "
+            f"decided that way; choose one of {', '.join(decoders_of(order))}, or own, which is "
+            "the first of these"
+        )
+    return name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +70,11 @@ class SamplingConfig:
     parallel_keep_frac: float = 1.0
     """How much guidance keeps of its part that only makes the model surer of what it expects
     anyway (arXiv:2410.02416); 1 is plain guidance, 0 leaves what points elsewhere."""
-    decoder: DecoderName = "jacobi"
-    """In which forwards a frame is decided: jacobi, raster or auto. The codes are the same."""
+    decoder: DecoderName = "own"
+    """In which forwards a frame is decided: jacobi, raster, row, frame and auto give the same codes
+    and depend on the model's order, as does maskgit; own is what suits the order."""
+    refinements: int = 4
+    """Passes that maskgit takes for a frame; no other decoder looks at it."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their ranges."""
@@ -53,6 +91,11 @@ class SamplingConfig:
         if not (self.top_k >= 0 and self.top_k % 1 == 0):
             raise ConfigError(
                 f"sampling: top_k is {self.top_k}, must be a number of codes, or 0 for all"
+            )
+        if not (self.refinements >= 1 and self.refinements % 1 == 0):
+            raise ConfigError(
+                f"sampling: refinements is {self.refinements}, must be a number of passes, at "
+                "least 1"
             )
         if self.decoder not in get_args(DecoderName):
             known = ", ".join(get_args(DecoderName))

@@ -8,15 +8,24 @@
 There is one token per cell and latent frame, and it predicts that cell's code: all Q levels of it
 (level_head.py). Its input never holds that code; it holds
 
-    the same cell's code one latent frame before        (every order; a choice for all but `frame`)
-    the code before it (raster) or above it (row)        nothing for `frame`; the first cells, of
-                                                         the last cells of the frame before
+    the same cell's code one latent frame before         (every order; a choice for raster and row)
+    the code before it (raster) or above it (row)        the first cells, of the last cells of the
+                                                         frame before; nothing for other orders
     the actions that lead to the frame                   r of them, A slots each; or these are r
                                                          tokens of their own in front of the cells
 
 which is next-token prediction with the shift written out: a cell's own place is at the token that
 predicts it, so a frame whose cells are decided together needs no placeholder tokens. Frame 0 is
-given; with order `frame` it needs no tokens of its own, as the tokens of frame 1 carry it.
+given; with orders `frame` and `masked` it needs no tokens of its own: those of frame 1 carry it.
+
+Order `masked` is order `frame`, and then refines: its cells are decided again by tokens that hold
+their own code, too, or a mask in its place, and predict what is masked. Other frames never see
+these: what they see of it are its tokens with all cells masked, the same however it was refined, so
+a rollout remembers what training did. In a window the refining tokens lie behind all others, frame
+by frame (`twice`).
+
+Source: masks as in MaskGIT, arXiv:2202.04200; windows with tokens of two kinds as in block
+diffusion, arXiv:2503.09573, where it is the unmasked ones that later frames see.
 """
 
 from dataclasses import dataclass
@@ -24,6 +33,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn.functional import pad
 from worldloom.common import CodeSpec, bind_shape
 
 from .config import Order
@@ -52,17 +62,22 @@ class Grid:
     @property
     def first_frame(self) -> int:
         """The first latent frame that has tokens of its own."""
-        return 1 if self.order == "frame" else 0
+        return 0 if self.beside else 1
 
     @property
     def group(self) -> int:
         """Cells that are decided together."""
-        return {"raster": 1, "row": self.width, "frame": self.cells}[self.order]
+        return {"raster": 1, "row": self.width}.get(self.order, self.cells)
 
     @property
     def beside(self) -> int:
         """How many cells back the code lies that a token is fed beside; 0 for none."""
-        return {"raster": 1, "row": self.width, "frame": 0}[self.order]
+        return {"raster": 1, "row": self.width}.get(self.order, 0)
+
+    @property
+    def refines(self) -> bool:
+        """Whether cells may be decided again, given some of the others."""
+        return self.order == "masked"
 
     def groups(self) -> list[tuple[int, int]]:
         """Return the [start, stop) of the cells of every forward, in order."""
@@ -132,14 +147,24 @@ def shift_before(codes_BtSQ: Tensor, /, *, pad: int) -> Tensor:
     return torch.cat([torch.full_like(codes_BtSQ[:, :1], pad), codes_BtSQ[:, :-1]], dim=1)
 
 
-def sight_mask(grid: Grid, /, *, frames: int, context_frames: int, num_meta: int) -> Tensor:
+def earlier_frames(*, frames: int, context_frames: int, twice: bool) -> Tensor:
+    """Return (f, f): whether the tokens of a row's frame see those of a column's, an earlier one.
+
+    They see `context_frames` frames, their own included. If a window has tokens `twice`, (2 f,
+    2 f): those behind see the same frames as those in front, and nobody sees them.
+    """
+    count_f = torch.arange(frames)
+    behind_ff = count_f[:, None] - count_f[None, :]
+    earlier_ff = (behind_ff > 0) & (behind_ff < context_frames)
+    return pad(earlier_ff.repeat(2, 1), (0, frames)) if twice else earlier_ff
+
+
+def sight_mask(grid: Grid, earlier_ff: Tensor, /, *, num_meta: int) -> Tensor:
     """Return (L, M + L): what tokens see, True where that of a row sees a column's, meta first.
 
-    All see the meta tokens, the frames before their own up to `context_frames` in all, and of their
+    All see the meta tokens, the frames before their own that `earlier_frames` tells, and of their
     own frame what `Grid.own_sight` says.
     """
-    behind_ff = _behind(frames)
-    earlier_ff = (behind_ff > 0) & (behind_ff < context_frames)
     tokens = grid.tokens
     among = earlier_ff.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
     for start in range(0, len(among), tokens):
@@ -161,14 +186,7 @@ def space_mask(grid: Grid, /, *, frames: int, num_meta: int) -> Tensor:
     return torch.cat([sinks, seen], dim=-1)
 
 
-def time_mask(*, frames: int, context_frames: int, num_meta: int) -> Tensor:
-    """Return (f, M + f): what a token sees of itself in other frames, meta tokens first."""
-    behind_ff = _behind(frames)
-    seen = (behind_ff >= 0) & (behind_ff < context_frames)
-    return torch.cat([torch.ones(frames, num_meta, dtype=torch.bool), seen], dim=-1)
-
-
-def _behind(frames: int) -> Tensor:
-    """Return by how many frames the one of a column lies behind that of a row."""
-    count_f = torch.arange(frames)
-    return count_f[:, None] - count_f[None, :]
+def time_mask(earlier_ff: Tensor, /, *, num_meta: int) -> Tensor:
+    """Return (f, M + f): what a token sees of itself in its own and other frames, meta first."""
+    seen = earlier_ff | torch.eye(len(earlier_ff), dtype=torch.bool)
+    return torch.cat([torch.ones(len(seen), num_meta, dtype=torch.bool), seen], dim=-1)

@@ -25,6 +25,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .kv_cache import KVCache
 
+_BLOCK_ROWS = 192
+"""Queries of a block, at least: fewer compute fewer scores for nothing, in more kernels."""
+
 
 class Sight(Protocol):
     """What the tokens of one forward may see."""
@@ -40,18 +43,60 @@ class Window:
     """Windows of tokens that see each other, as a mask says, behind one set of meta tokens."""
 
     num_meta: int
-    mask_LM: Tensor
-    """(L, M + L)."""
+    length: int
+    """Tokens of a window, L."""
+    blocks: tuple["Block", ...]
+    """Rows of queries one after the other, all L of them."""
 
     def seen(self, layer: int, query: Tensor, key: Tensor, value: Tensor, /) -> Tensor:
         """Return seen_1NPK of P = M + B * L tokens: the meta tokens, then window after window."""
-        length = len(self.mask_LM)
-        sinks, (queries, keys, values) = _unpack(query, key, value, self.num_meta, length)
-        keys, values = (
+        sinks, (queries, *others) = _unpack(query, key, value, self.num_meta, self.length)
+        whole = [
             torch.cat([sink.expand(len(queries), -1, -1, -1), part], dim=2)
-            for sink, part in zip(sinks[1:], (keys, values), strict=True)
-        )
-        return _pack(sinks, _attend(queries, keys, values, self.mask_LM))
+            for sink, part in zip(sinks[1:], others, strict=True)
+        ]
+        parts = queries.split_with_sizes([block.rows for block in self.blocks], dim=2)
+        found = []
+        for block, rows in zip(self.blocks, parts, strict=True):
+            keys, values = (block.seen(part, self.num_meta) for part in whole)
+            found.append(_attend(rows, keys, values, block.mask_LM))
+        return _pack(sinks, torch.cat(found, dim=2) if len(found) > 1 else found[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Queries that follow each other, and the stretch of the window that any of them sees."""
+
+    rows: int
+    first: int
+    last: int
+    """Tokens of the window: [first, last)."""
+    mask_LM: Tensor
+    """(rows, M + last - first)."""
+
+    def seen(self, whole: Tensor, num_meta: int, /) -> Tensor:
+        """Return those of M + L keys or values that it sees."""
+        if self.first == 0:
+            return whole[:, :, : num_meta + self.last]
+        sinks, others = whole[:, :, :num_meta], whole[:, :, num_meta:]
+        return torch.cat([sinks, others[:, :, self.first : self.last]], dim=2)
+
+
+def blocks_of(mask_LM: Tensor, /, *, num_meta: int) -> tuple[Block, ...]:
+    """Return the blocks of a window whose tokens see what a mask (L, M + L) says.
+
+    A token sees nothing behind its own frame, and nothing that the context has left behind: half of
+    a long window or more, for which attention with one mask would compute scores and drop them.
+    """
+    among_LL = mask_LM[:, num_meta:]
+    num_blocks = max(1, len(mask_LM) // _BLOCK_ROWS)
+    blocks = []
+    for rows in torch.arange(len(mask_LM)).tensor_split(num_blocks):
+        seen = among_LL[rows].any(0).nonzero()[:, 0]
+        first, last = int(seen[0]), int(seen[-1]) + 1
+        columns = [mask_LM[rows, :num_meta], among_LL[rows, first:last]]
+        blocks.append(Block(len(rows), first, last, torch.cat(columns, dim=1)))
+    return tuple(blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +167,14 @@ class FrameCache:
     stop: int
     """Which tokens of the frame: [start, stop)."""
     mask_LM: Tensor | None
-    """Which of the visible keys each of them may see; None for all."""
+    """What to add to each one's scores of the visible keys; None for nothing."""
 
     def seen(self, layer: int, query: Tensor, key: Tensor, value: Tensor, /) -> Tensor:
         """Put the keys into the cache; return seen_BNLK."""
         cache = self.cache
         _put(cache, layer, cache.places(self.frame, self.start, self.stop), key, value)
         visible = cache.visible(self.frame)
-        keys, values = cache.keys[layer, :, :, :visible], cache.values[layer, :, :, :visible]
+        keys, values = (part[layer].narrow(2, 0, visible) for part in (cache.keys, cache.values))
         return _attend(query, keys, values, self.mask_LM)
 
 
@@ -181,13 +226,38 @@ class FactorisedFrameCache:
         return rearrange(_attend(*each), "(B L) N 1 K -> B N L K", L=tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Passing:
+    """Some tokens of the newest frame that see as another sight says, and leave no trace.
+
+    Their keys take the places of those that the cache has for them, and then give them back.
+    """
+
+    sight: FrameCache | FactorisedFrameCache
+
+    def seen(
+        self, layer: int, query_BNLK: Tensor, key_BNLK: Tensor, value_BNLK: Tensor, /
+    ) -> Tensor:
+        """Return seen_BNLK; the cache is as it was."""
+        sight, cache = self.sight, self.sight.cache
+        places = cache.places(sight.frame, sight.start, sight.stop)
+        kept = [part[layer, :, :, places].clone() for part in (cache.keys, cache.values)]
+        found_BNLK = sight.seen(layer, query_BNLK, key_BNLK, value_BNLK)
+        _put(cache, layer, places, *kept)
+        return found_BNLK
+
+
 def _unpack(
     query: Tensor, key: Tensor, value: Tensor, num_meta: int, length: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return query, key, value of the meta tokens, (1, N, M, K), and of windows, (B, N, L, K)."""
-    parts = (query, key, value)
-    windows = [rearrange(part[0, :, num_meta:], "N (B L) K -> B N L K", L=length) for part in parts]
-    return [part[:, :, :num_meta] for part in parts], windows
+    sinks, windows = [], []
+    for part in (query, key, value):
+        # Split and not sliced twice: gradients of slices are filled up with zeros and added.
+        sink, others = part.split_with_sizes([num_meta, part.shape[2] - num_meta], dim=2)
+        sinks.append(sink)
+        windows.append(rearrange(others, "1 N (B L) K -> B N L K", L=length))
+    return sinks, windows
 
 
 def _pack(sinks: list[Tensor], found_BNLK: Tensor) -> Tensor:
@@ -199,8 +269,10 @@ def _pack(sinks: list[Tensor], found_BNLK: Tensor) -> Tensor:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return softmax(Q K^T / sqrt(K)) V; keys of a cache may be of another type than queries."""
+    """Return softmax(Q K^T / sqrt(K)) V; what a cache has may be of another type than queries."""
     key, value = key.to(query.dtype), value.to(query.dtype)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
@@ -211,5 +283,6 @@ def _fold_frames(part: Tensor) -> Tensor:
 
 def _put(cache: KVCache, layer: int, places: slice, key: Tensor, value: Tensor) -> None:
     """Write keys and values of some tokens to their places."""
-    cache.keys[layer, :, :, places] = key
-    cache.values[layer, :, :, places] = value
+    # Not by assignment to an index, which takes longer than to write a token does.
+    for there, part in ((cache.keys, key), (cache.values, value)):
+        there[layer].narrow(2, places.start, places.stop - places.start).copy_(part)

@@ -33,7 +33,7 @@ from worldloom.common import (
 )
 
 from .config import DynamicsConfig
-from .disturbance import disturb
+from .disturbance import disturb, mask_cells
 from .learner import Learner, Update
 from .loading import Ahead, TrainingData
 from .model import DynamicsModel
@@ -158,6 +158,8 @@ def train_dynamics_model(  # noqa: PLR0913 (all but two are named by who calls)
             with throughput:
                 batch = ahead.next().to(accelerator.device)
                 fed = disturb(batch, training, vocab_size=vocab_size, step=learner.step, rows=rows)
+                if dynamics.grid.refines:
+                    fed = mask_cells(fed, training, step=learner.step, rows=rows)
                 if learner.micro_windows < 0:
                     learner.find_micro_windows(batch, fed)
                     if log:

@@ -16,12 +16,14 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import reduce, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import DynamicsConfig
 from .hyper_connection import HyperConnection
+from .linear import Linear
+from .norm import Norm
 from .positions import Rotation, rotate
 from .sight import Sight
 
@@ -29,7 +31,7 @@ with warnings.catch_warnings():
     # x-transformers 2.31 scripts a function on import, which torch 2.15 warns of; a person who
     # trains can do nothing about it. Remove when x-transformers stops.
     warnings.simplefilter("ignore", FutureWarning)
-    from x_transformers.x_transformers import FeedForward
+    from x_transformers.x_transformers import GLU, FeedForward
 
 
 class Attention(nn.Module):
@@ -40,11 +42,11 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.layer = layer
         head_dim = config.dim // config.num_heads
-        self.norm = nn.RMSNorm(config.dim)
-        self.to_qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.query_norm = nn.RMSNorm(head_dim)
-        self.key_norm = nn.RMSNorm(head_dim)
-        self.to_out = nn.Linear(config.dim, config.dim, bias=False)
+        self.norm = Norm(config.dim)
+        self.to_qkv = Linear(config.dim, 3 * config.dim, bias=False)
+        self.query_norm = Norm(head_dim)
+        self.key_norm = Norm(head_dim)
+        self.to_out = Linear(config.dim, config.dim, bias=False)
         nn.init.zeros_(self.to_out.weight)
         # The share of the first layer's values, per head; sigmoid(-2) = 0.12 at the start.
         mixes = config.value_residual and layer > 0
@@ -57,10 +59,10 @@ class Attention(nn.Module):
         qkv_BLE = self.to_qkv(self.norm(tokens_BLD))
         # Heads stay behind tokens until the last moment: norm and rotation then run over memory in
         # the order in which it lies.
-        query, key, value = rearrange(
-            qkv_BLE.float() if _narrow_on_cpu(tokens_BLD) else qkv_BLE,
-            "B L (three N K) -> three B L N K", three=3, N=self.num_heads,
-        )  # fmt: skip
+        if _narrow_on_cpu(tokens_BLD):
+            qkv_BLE = qkv_BLE.float()
+        # Not einops, which takes longer than a small product does: a cell's forward is all this.
+        query, key, value = qkv_BLE.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         query = rotate(self.query_norm(query), turn)
         key = rotate(self.key_norm(key), turn)
         if first_values is None:
@@ -72,7 +74,7 @@ class Attention(nn.Module):
             seen_BNLK = sight.seen(
                 self.layer, *(part.transpose(1, 2) for part in (query, key, value))
             )
-        added_BLD: Tensor = self.to_out(rearrange(seen_BNLK, "B N L K -> B L (N K)"))
+        added_BLD: Tensor = self.to_out(seen_BNLK.transpose(1, 2).flatten(2))
         return added_BLD, first_values
 
 
@@ -93,7 +95,25 @@ def _attention_precision(tokens_BLD: Tensor) -> AbstractContextManager[object]:
 def gated_feed_forward(dim: int, /, *, mult: float) -> nn.Sequential:
     """Return a norm and a gated layer, whose output is to be added to what went in; 0 at first."""
     layer = FeedForward(dim, mult=mult, glu=True, swish=True, no_bias=True, zero_init_output=True)
-    return nn.Sequential(nn.RMSNorm(dim), layer)
+    layer.ff[0], layer.ff[-1] = _Gate(layer.ff[0]), Linear.of(layer.ff[-1])
+    return nn.Sequential(Norm(dim), layer)
+
+
+class _Gate(nn.Module):
+    """x-transformers' GLU without its last factor, which is 1 here.
+
+    That is one pass less over the widest tensors there are, forward and backward.
+    """
+
+    def __init__(self, gate: GLU) -> None:
+        super().__init__()
+        self.proj, self.act = Linear.of(gate.proj), gate.act
+
+    def forward(self, tokens_BLD: Tensor, /) -> Tensor:
+        """Return tokens_BLF."""
+        up_BLF, gate_BLF = self.proj(tokens_BLD).chunk(2, dim=-1)
+        gated_BLF: Tensor = up_BLF * self.act(gate_BLF)
+        return gated_BLF
 
 
 class Layer(nn.Module):
@@ -145,7 +165,7 @@ class Transformer(nn.Module):
     def __init__(self, config: DynamicsConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.dim)
+        self.norm = Norm(config.dim)
         self.num_streams = config.residual_streams
         self.recompute = False
         """Whether training computes each layer again for its gradient, which keeps far less."""

@@ -12,6 +12,7 @@ slice. They stay in the small type of the file (`StoredWindows`) until they are 
 what bounds the loader is the memory that it writes.
 """
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -44,16 +45,24 @@ class WindowBatch:
     and in padding."""
     valid_Bt: Tensor
     """True where the latent frame is one of the episode."""
+    known_Bthw: Tensor | None = None
+    """Of windows that a model of order masked is fed, True where it may look at a cell's own code
+    to predict others of its frame; without levels. None in all others."""
 
     def to(self, device: torch.device | str, /) -> "WindowBatch":
         """Return the batch on another device."""
-        return WindowBatch(
-            self.codes_Bthw.to(device), self.slots_BTA.to(device), self.valid_Bt.to(device)
-        )
+        return self._each(lambda tensor: tensor.to(device))
 
     def rows(self, rows: slice, /) -> "WindowBatch":
         """Return some of the windows."""
-        return WindowBatch(self.codes_Bthw[rows], self.slots_BTA[rows], self.valid_Bt[rows])
+        return self._each(lambda tensor: tensor[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "WindowBatch":
+        """Return a batch of the changed tensors."""
+        known_Bthw = None if self.known_Bthw is None else change(self.known_Bthw)
+        return WindowBatch(
+            change(self.codes_Bthw), change(self.slots_BTA), change(self.valid_Bt), known_Bthw
+        )
 
 
 class StoredWindows:
