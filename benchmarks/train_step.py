@@ -46,6 +46,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count, cycle
 from pathlib import Path
 from typing import Any
@@ -455,11 +456,12 @@ class Attentions:
 def compare_products(report: Report, asked: Any) -> None:
     """Print the table `products`."""
     rows = []
+    drawn = partial(torch.randn, generator=torch.Generator().manual_seed(asked.seed))
     for inputs, outputs in ((192, 1280), (512, 512), (512, 3712)):
         count = 1 if asked.quick else max(1, 2**26 // (4 * inputs * outputs))
-        weights = [nn.Parameter(torch.randn(outputs, inputs)) for _ in range(count)]
+        weights = [nn.Parameter(drawn(outputs, inputs)) for _ in range(count)]
         for tokens in (64,) if asked.quick else (16, 64, 256, 1024, 4096):
-            fed, gradient = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
+            fed, gradient = drawn(tokens, inputs), drawn(tokens, outputs)
             ways = {
                 "torch": OneProduct(nn.functional.linear, weights, fed, gradient),
                 "oneDNN": OneProduct(learned_product, weights, fed, gradient),
@@ -474,7 +476,7 @@ def compare_products(report: Report, asked: Any) -> None:
                 "oneDNN, ms": spread([1e3 * t.wall_s for t in own]),
                 "times as fast": ratios([t.wall_s for t in torchs], [t.wall_s for t in own]),
             })  # fmt: skip
-    settings = {name: getattr(asked, name) for name in ("threads", "rounds")}
+    settings = {name: getattr(asked, name) for name in ("seed", "threads", "rounds")}
     report.table("products", rows, settings={**settings, "type": "float32"})
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import rms_norm
 from worldloom.dynamics.norm import Norm
 
@@ -72,3 +73,9 @@ def test_tokens_of_zeros_stay_zeros_with_a_finite_gradient():
     assert tokens.grad is not None
     assert tokens.grad.isfinite().all()
     assert not norm(tokens).any()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_forward_can_be_traced_with_tensors_that_hold_nothing(grad):
+    with FakeTensorMode(), torch.set_grad_enabled(grad):
+        assert Norm(8)(torch.randn(2, 8)).shape == (2, 8)

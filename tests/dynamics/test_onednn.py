@@ -68,6 +68,63 @@ def test_neither_tokens_nor_gradients_need_lie_in_order(calls):
     assert len(calls) == 2
 
 
+def test_tokens_may_lie_over_one_another(calls):
+    torch.manual_seed(0)
+    layer = Linear(WIDE, LONG)
+    for stride in (0, 16):
+        tokens = torch.randn(WIDE + 7 * 16).as_strided((7, WIDE), (stride, 1)).requires_grad_()
+        along = torch.randn(7, LONG)
+        found = derivatives(layer, tokens, along)
+        exact = by_torch(layer, tokens.contiguous(), along)
+        for own, right in zip(found, exact, strict=True):
+            torch.testing.assert_close(own.double(), right, atol=1e-4, rtol=1e-5)
+    assert len(calls) == 2
+
+
+BIASES = {
+    "every other number": lambda: torch.randn(2 * LONG)[::2],
+    "one number for all": lambda: torch.randn(1).expand(LONG),
+}
+ODD_BIASES = {
+    "a number": lambda: torch.randn(()),
+    "one number": lambda: torch.randn(1),
+}
+
+
+@pytest.mark.parametrize("form", [*BIASES, *ODD_BIASES])
+def test_a_bias_need_not_lie_in_order(calls, form):
+    torch.manual_seed(0)
+    layer = Linear(WIDE, LONG, bias=False)
+    bias = {**BIASES, **ODD_BIASES}[form]()
+    del layer.bias
+    layer.bias = bias
+    tokens = torch.randn(5, WIDE)
+    exact = tokens.double() @ layer.weight.double().T + bias.double()
+    torch.testing.assert_close(layer(tokens).double(), exact, atol=1e-4, rtol=1e-5)
+    assert len(calls) == (form in BIASES)
+
+
+def test_what_comes_out_can_be_written_to(calls):
+    layer = Linear(WIDE, LONG)
+    tokens = torch.randn(2, 3, WIDE, requires_grad=True)
+    layer(tokens).add_(1).mul_(2).sum().backward()
+    right = 2 * layer.weight.double().sum(0).expand(2, 3, WIDE)
+    torch.testing.assert_close(tokens.grad.double(), right, atol=1e-4, rtol=1e-5)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("frozen", ["tokens", "weight"])
+def test_only_what_a_gradient_needs_is_kept(calls, frozen):
+    layer = Linear(WIDE, LONG, bias=False)
+    tokens = torch.randn(4, WIDE, requires_grad=True)
+    {"tokens": tokens, "weight": layer.weight}[frozen].requires_grad_(requires_grad=False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(tokens)
+    assert len(calls) == len(kept) == 1
+    assert kept[0].data_ptr() == {"weight": layer.weight, "tokens": tokens}[frozen].data_ptr()
+
+
 @pytest.mark.parametrize("frozen", ["tokens", "weight", "bias"])
 def test_what_is_frozen_gets_no_gradient(calls, frozen):
     layer = Linear(WIDE, LONG)
@@ -143,6 +200,8 @@ def test_all_else_is_torch_s_affair(calls):
         layer(tokens[:, 1:])
     with pytest.raises(RuntimeError, match="dtype"):
         layer(tokens.double())
+    with pytest.raises(RuntimeError, match="at least 1D"):
+        layer(torch.randn(()))
     assert not calls
 
 

@@ -111,18 +111,18 @@ def estimate(  # noqa: PLR0913 - the two trainings differ in just these
 def _kept_bytes(networks: Sequence[nn.Module], forward: Callable[[], Tensor]) -> int:
     """Return the bytes that a forward keeps for the backward pass, besides the networks' own."""
     own = {t.untyped_storage().data_ptr() for n in networks for t in n.state_dict().values()}
-    kept: dict[int, int] = {}
+    # The storages themselves: what only a loss keeps is freed at once here, for forward returns
+    # none, and an address that was given back could be counted as another's.
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = forward()
-    total = sum(size for place, size in kept.items() if place not in own)
-    del output  # until here it kept every storage alive, so that no two had one address
-    return total
+        forward()
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in own)
 
 
 def size_text(size_bytes: int) -> str:

@@ -41,7 +41,7 @@ class State(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` with `pack`."""
+    """`torch.nn.Linear` that learns through oneDNN where that is faster, and has `pack`."""
 
     _packed: tuple[Tensor, State] | None = None
     """The copy, and which state of the weights it is of."""
@@ -68,7 +68,7 @@ class Linear(nn.Linear):
         """Return the product, plus the bias if there is one."""
         weight = self.weight
         if torch.is_grad_enabled():
-            if self._takes(tokens) and _learns_faster(weight):
+            if self._takes(tokens) and _learns_faster(weight) and self._bias_fits():
                 learned: Tensor = DifferentiableProduct.apply(tokens, weight, self.bias)
                 return learned
         elif self._packed is not None and _in_use.get() and self._takes(tokens):
@@ -81,11 +81,17 @@ class Linear(nn.Linear):
         """Tell whether oneDNN is asked about such tokens; else torch has an answer or a message."""
         return (
             tokens.device.type == "cpu"
+            and tokens.ndim > 0
             and tokens.dtype == self.weight.dtype
             and tokens.shape[-1] == self.in_features
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
         )
+
+    def _bias_fits(self) -> bool:
+        """Tell whether the bias is one that a layer has: torch's product takes others, too."""
+        bias, weight = self.bias, self.weight
+        return bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; weights that will change need no copy."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-_EPS = torch.tensor(torch.finfo(torch.float32).eps, device="cpu")
+_EPS = torch.finfo(torch.float32).eps
 """That of torch's norm, where the norm is ours."""
 
 
@@ -39,7 +39,8 @@ class Norm(nn.RMSNorm):
 def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return n = x / sqrt(mean(x^2) + eps), and what x was multiplied by."""
     length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = torch.addcmul(_EPS, length, length, value=1 / tokens.shape[-1])
+    eps = length.new_full((), _EPS)  # a tensor of the module's would be foreign to torch's modes
+    scale = torch.addcmul(eps, length, length, value=1 / tokens.shape[-1])
     scale = scale.rsqrt_()
     return tokens * scale, scale
 

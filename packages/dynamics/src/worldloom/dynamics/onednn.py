@@ -2,8 +2,8 @@
 
     tokens_..I, weight_OI, bias_O  ->  tokens_..O
 
-torch itself multiplies float32 by MKL, which on some processors takes up to 1.4 times as long for
-the products of a training step (benchmarks/train_step.py --only products). The operators are
+torch itself multiplies float32 by MKL, which on some processors takes up to half as long again
+for the products of a training step (benchmarks/train_step.py --only products). The operators are
 torch's own, but not promised to anybody: ask `works` first.
 """
 
@@ -32,12 +32,15 @@ def works(dtype: torch.dtype, /) -> bool:
     tokens_3I = torch.linspace(1, 0, 48).reshape(3, 16).to(dtype)
     exact_3O = tokens_3I.double() @ weight_OI.double().T + weight_OI[0].double()
     try:
-        products = [product(tokens_3I, w, weight_OI[0]) for w in (weight_OI, lay_out(weight_OI))]
+        turned_OI = weight_OI.T.contiguous().T  # as gradients are multiplied
+        for weights in (weight_OI, turned_OI, lay_out(weight_OI)):
+            own_3O = product(tokens_3I, weights, weight_OI[0])
+            if not torch.allclose(own_3O.double(), exact_3O, rtol=1e-2, atol=1e-2):
+                return False
     except (AttributeError, RuntimeError, TypeError):
         return False
-    if all(torch.allclose(p.double(), exact_3O, rtol=1e-2, atol=1e-2) for p in products):
-        _known_to_work.add(dtype)
-    return dtype in _known_to_work
+    _known_to_work.add(dtype)
+    return True
 
 
 def lay_out(weight_OI: Tensor, /) -> Tensor:
@@ -48,6 +51,8 @@ def lay_out(weight_OI: Tensor, /) -> Tensor:
 
 def product(tokens: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, /) -> Tensor:
     """Multiply by weights as they lie, or laid out; without a gradient."""
+    # oneDNN reads a bias as if it were contiguous.
+    bias_O = None if bias_O is None else bias_O.contiguous()
     out: Tensor = torch.ops.mkldnn._linear_pointwise(tokens, weight_OI, bias_O, "none", [], "")
     return out
 
@@ -60,25 +65,36 @@ class DifferentiableProduct(torch.autograd.Function):
     @staticmethod
     def forward(tokens: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """Return tokens_..O."""
-        return product(tokens, weight_OI, bias_O)
+        out = product(tokens, weight_OI, bias_O)
+        # It comes as a view, into which autograd lets nobody write.
+        own: Tensor = torch.ops.aten._unsafe_view(out, out.shape)
+        return own
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Keep what the gradients need."""
-        ctx.save_for_backward(*inputs[:2])
+        for_tokens, for_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            inputs[0] if for_weight else None,
+            inputs[1] if for_tokens else None,
+        )
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of what went in, where they are wanted."""
         tokens, weight_OI = ctx.saved_tensors
-        for_tokens, for_weight, for_bias = ctx.needs_input_grad
+        _, for_weight, for_bias = ctx.needs_input_grad
         # A gradient that is differentiated itself is torch's affair.
         multiply = torch.matmul if torch.is_grad_enabled() else _times
-        gradient_NO, tokens_NI = (t.reshape(-1, t.shape[-1]) for t in (gradient, tokens))
-        few = 0 < len(gradient_NO) < _FEW_TOKENS  # none is too few for oneDNN
+        gradient_NO = gradient.reshape(-1, gradient.shape[-1])
+        weight_gradient_OI = None
+        if for_weight:
+            tokens_NI = tokens.reshape(-1, tokens.shape[-1]).contiguous()
+            few = 0 < len(tokens_NI) < _FEW_TOKENS  # none is too few for oneDNN
+            weight_gradient_OI = (multiply if few else torch.matmul)(gradient_NO.mT, tokens_NI)
         return (
-            multiply(gradient, weight_OI) if for_tokens else None,
-            (multiply if few else torch.matmul)(gradient_NO.mT, tokens_NI) if for_weight else None,
+            None if weight_OI is None else multiply(gradient, weight_OI),
+            weight_gradient_OI,
             gradient_NO.sum(0) if for_bias else None,
         )
 
