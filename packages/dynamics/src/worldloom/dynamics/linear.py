@@ -27,7 +27,7 @@ from .onednn import DifferentiableProduct, lay_out, product, works
 _PACKED_FROM = 1 << 18
 """Fewest weights: below, calling oneDNN takes as long as it saves for a token or a few."""
 _LEARNED_FROM = 1 << 18
-"""The same where gradients are wanted (benchmarks/train_step.py --only products)."""
+"""The same where gradients are wanted (benchmarks/arithmetic.py --only products)."""
 _in_use: ContextVar[bool] = ContextVar("_in_use", default=False)
 
 

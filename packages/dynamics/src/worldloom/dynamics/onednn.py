@@ -3,7 +3,7 @@
     tokens_..I, weight_OI, bias_O  ->  tokens_..O
 
 torch itself multiplies float32 by MKL, which on some processors takes up to half as long again
-for the products of a training step (benchmarks/train_step.py --only products). The operators are
+for the products of a training step (benchmarks/arithmetic.py --only products). The operators are
 torch's own, but not promised to anybody: ask `works` first.
 """
 
