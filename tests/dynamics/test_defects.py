@@ -1,4 +1,4 @@
-"""The defects of genie2-pytorch that DESIGN section 6 lists: each is found, and is not in ours.
+"""The defects of genie2-pytorch: each is found, and is not in ours.
 
 For every sentence there is a check of what it breaks, and a variant in which the defect is built in
 on purpose: ours passes, the variant fails. Not here: the sentence about the interactive prompt,

@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from tyro.conf import arg
 from worldloom.common import (
     ConfigError,
     Episodes,
@@ -47,7 +48,7 @@ class DemoConfig:
     """Folder of the run; finished stages in it are kept."""
     preset: str = "demo"
     """Whose tables are used: demo, or smoke, which only shows within a minute that all works."""
-    config: Path | None = None
+    config: Annotated[Path | None, arg(metavar="FILE.toml")] = None
     """A TOML file of yours with the same tables, instead of a preset."""
 
 

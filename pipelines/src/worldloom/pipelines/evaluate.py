@@ -30,8 +30,9 @@ import shlex
 from contextlib import closing
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from tyro.conf import arg
 from worldloom.common import (
     ConfigError,
     Episodes,
@@ -55,13 +56,14 @@ _NEED_A_MODEL = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateConfig:
-    """Measure a tokenizer alone, or with --model a model too, on held-out episodes.
+    r"""Measure a tokenizer alone, or with --model a model too, on held-out episodes.
 
-    worldloom evaluate --tokenizer runs/demo/tokenizer/model --episodes runs/demo/episodes
-    --output runs/demo/tokenizer-evaluation
+    worldloom evaluate --tokenizer runs/demo/tokenizer/model \
+            --episodes runs/demo/episodes --output runs/demo/tokenizer-evaluation
 
-    worldloom evaluate --model runs/demo/dynamics/model --tokenizer runs/demo/tokenizer/model
-    --episodes runs/demo/episodes --shards runs/demo/shards --output runs/demo/evaluation
+    worldloom evaluate --model runs/demo/dynamics/model \
+            --tokenizer runs/demo/tokenizer/model --episodes runs/demo/episodes \
+            --shards runs/demo/shards --output runs/demo/evaluation
     """
 
     tokenizer: str
@@ -71,9 +73,9 @@ class EvaluateConfig:
     """Folder of recorded episodes; every tenth is held out, and only those are judged by."""
     output: Path
     """Folder for the numbers and pictures. One that evaluate wrote is replaced."""
-    model: Path | None = None
+    model: Annotated[Path | None, arg(metavar="PATH")] = None
     """Model directory that train-dynamics wrote; without, the tokenizer is judged alone."""
-    shards: Path | None = None
+    shards: Annotated[Path | None, arg(metavar="PATH")] = None
     """Their token shards, over which the use of the codebook is counted; without, every episode
     is encoded again for it."""
     max_episodes: int = 0

@@ -11,21 +11,25 @@ from .checks import require_at_least
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateConfig:
-    """Generate video: start from real frames, press actions, watch.
+    r"""Generate video: start from real frames, press actions, watch.
 
-    worldloom generate --model runs/demo/dynamics/model --tokenizer runs/demo/tokenizer/model
-    --start runs/demo/shards --actions "MOVE_RIGHT*12,ATTACK*2" --output out
+        worldloom generate --model runs/demo/dynamics/model \
+            --tokenizer runs/demo/tokenizer/model --start runs/demo/shards \
+            --actions "MOVE_RIGHT*12,ATTACK*2" --output out
 
     Many starts at once, each beside what truly happened:
-    worldloom generate --model runs/demo/dynamics/model --tokenizer runs/demo/tokenizer/model
-    --start runs/demo/shards --num-starts 16 --actions true --output out
+
+        worldloom generate --model runs/demo/dynamics/model \
+            --tokenizer runs/demo/tokenizer/model --start runs/demo/shards \
+            --num-starts 16 --actions true --output out
     """
 
     actions: str
     """What to press: words such as MOVE_RIGHT*12,ATTACK*2 (separated by ; where an action has
-    several numbers, as in 0.5,0*12;0,0*4); a file of them (.json, .npy of slots, .txt), or one
-    for each start, separated by commas; `true` for those of the episode, which draws the true
-    frames beside; or `random` or `sticky`, the same for every start."""
+    several numbers, as in 0.5,0*12;0,0*4), null where none is given; a file of them (.json, .txt,
+    .npy of slots: docs/formats.md), or one for each start, separated by commas; `true` for those of
+    the episode, which draws the true frames beside; or `random` or `sticky`, the same for every
+    start."""
     model: Path
     """Model directory that train-dynamics wrote."""
     tokenizer: str

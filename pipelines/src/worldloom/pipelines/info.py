@@ -13,10 +13,10 @@ import zipfile
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 from worldloom.common import (
     ActionArray,
     ActionSpec,
@@ -58,7 +58,7 @@ class InfoConfig:
     """Print JSON with stable keys instead of text."""
     verify: bool = False
     """Read every byte and compare it with the hashes there are; a difference is an error."""
-    preview: Path | None = None
+    preview: Annotated[Path | None, arg(metavar="PATH")] = None
     """Episodes: write a PNG of some frames, each under the action that leads on to the frame to its
     right."""
 

@@ -7,9 +7,9 @@ Apart from the command, so that the readers of sources/ know them without knowin
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 from worldloom.common import ResizeRule
 
 SourceKind = Literal["videos", "vpt", "lerobot", "minari", "npz"]
@@ -36,7 +36,9 @@ class ActionFileConfig:
     columns: tuple[str, ...] = ()
     """Columns of a csv, fields of a jsonl, or the one array of an npz that hold the actions, in
     this order; found, and said, if there is only one way to read them."""
-    kind: FileActions | None = None
+    kind: Annotated[
+        FileActions | None, arg(metavar="{discrete,keys,multi_discrete,continuous}")
+    ] = None
     """What one action is: discrete, keys (several at once), multi_discrete or continuous; found if
     the values leave no doubt."""
     names: tuple[str, ...] = ()
@@ -141,7 +143,7 @@ class IngestConfig:
     frame_skip: int = 1
     """Keep every so many-th frame; the actions between two kept ones become one: keys pressed in
     any of them, the mean or sum of axes, the last choice."""
-    fps: float | None = None
+    fps: Annotated[float | None, arg(metavar="FLOAT")] = None
     """Frames per second of the source, before the frame skip, where its files do not agree, do
     not say, or vary: frames are then taken as they come. The files' own if not given."""
     max_frames: int = 0

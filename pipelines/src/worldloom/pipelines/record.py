@@ -12,9 +12,10 @@ import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from tyro.conf import arg
 from worldloom.common import ConfigError, EpisodesSpec, ResizeRule, progress, say
 
 from .checks import require_at_least
@@ -64,7 +65,7 @@ class RecordConfig:
     image_key: str = ""
     """Which entry of a Dict observation is the frame, if its name does not tell (screen, image,
     rgb, pixels, obs)."""
-    fps: float | None = None
+    fps: Annotated[float | None, arg(metavar="FLOAT")] = None
     """Recorded frames per second; the game's own over the frame skip if not given."""
     action_bins: int = 11
     """Bins per axis of continuous actions."""

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 from worldloom.common import (
     ConfigError,
     FormatError,
@@ -45,13 +45,13 @@ class ReplayConfig:
 
     session: Positional[Path]
     """Folder that `worldloom play` wrote."""
-    model: Path | None = None
+    model: Annotated[Path | None, arg(metavar="PATH")] = None
     """The model directory, if it is not where it was."""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, arg(metavar="NAME")] = None
     """The same of the tokenizer, named as `worldloom tokenize` takes it."""
-    output: Path | None = None
+    output: Annotated[Path | None, arg(metavar="PATH")] = None
     """The video; replay.mp4 in the session's folder if left out. An older one is replaced."""
-    device: str | None = None
+    device: Annotated[str | None, arg(metavar="NAME")] = None
     """Where to compute; where it was played if left out, since others may round otherwise."""
 
 

@@ -34,7 +34,8 @@ PRESETS = Path(__file__).parent / "presets"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sources:
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Settings that come along with worldloom, by name."""
+    """Settings that come along with worldloom: demo, smoke, base or large, for the whole chain; to
+    train dynamics, a size, too: 2m, 10m, 30m, 100m, 300m or 1b."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
     """Settings of yours: a TOML file with one table a command, as [train_dynamics]. It wins over
     the preset, and a flag wins over both."""

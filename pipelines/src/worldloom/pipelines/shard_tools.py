@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 from worldloom.common import (
     ConfigError,
     EpisodeRecord,
@@ -68,9 +68,11 @@ class ShardsConfig:
     episodes in each."""
     by_split: bool = False
     """split: the folders train and validation, by the split of the episodes."""
-    split: Literal["train", "validation"] | None = None
+    split: Annotated[Literal["train", "validation"] | None, arg(metavar="{train,validation}")] = (
+        None
+    )
     """subset: episodes of this split."""
-    keys: Path | None = None
+    keys: Annotated[Path | None, arg(metavar="PATH")] = None
     """subset: episodes whose keys stand in this text file, one a line."""
     num_episodes: int = 0
     """subset: so many episodes, drawn at random; 0 takes all."""

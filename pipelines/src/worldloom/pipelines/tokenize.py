@@ -22,8 +22,9 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from tyro.conf import arg
 from worldloom.common import (
     ConfigError,
     Episodes,
@@ -46,10 +47,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizeConfig:
-    """Turn episodes into token shards, once, offline; a stopped run continues.
+    r"""Turn episodes into token shards, once, offline; a stopped run continues.
 
-    worldloom tokenize --episodes runs/demo/episodes --tokenizer runs/demo/tokenizer/model
-    --output runs/demo/shards
+    worldloom tokenize --episodes runs/demo/episodes \
+            --tokenizer runs/demo/tokenizer/model --output runs/demo/shards
     """
 
     episodes: Path
@@ -76,9 +77,9 @@ class TokenizeConfig:
     ray_address: str = ""
     """Address of a Ray cluster, or `auto` for the one this machine belongs to; without, --engine
     ray starts one here."""
-    rank: int | None = None
+    rank: Annotated[int | None, arg(metavar="INT")] = None
     """Which of --world processes this is, from 0. Without: what torchrun or Slurm says."""
-    world: int | None = None
+    world: Annotated[int | None, arg(metavar="INT")] = None
     """How many processes share the work without talking; each is started with its own --rank."""
     dry_run: bool = False
     """Say what it would take (shards, bytes, time) and stop."""

@@ -12,8 +12,9 @@ several processes: `torchrun --nproc_per_node 2 -m worldloom.pipelines train-dyn
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from tyro.conf import arg
 from worldloom.common import ConfigError, TokenShards, say
 from worldloom.dynamics import DynamicsConfig, DynamicsTrainingConfig, StreamConfig
 
@@ -37,14 +38,14 @@ class TrainDynamicsConfig:
     """Run directory; the model itself is in its folder model/."""
     weights: tuple[float, ...] = ()
     """How often each of several folders is drawn, in any unit; without, by their latent frames."""
-    stream: str | None = None
+    stream: Annotated[str | None, arg(metavar="SOURCE")] = None
     """Where the shards' tars are, if not in the folder: a path, https://HOST/{file} or
     pipe:COMMAND {file}; {file} becomes the name of each. A pipe is a command for your shell."""
     stream_lanes: int = 4
     """Tars read at once from a stream: a multiple of the processes, a divisor of the batch."""
     stream_buffer: int = 4096
     """Windows of a stream that are held back for shuffling."""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, arg(metavar="NAME")] = None
     """The shards' tokenizer, named as `worldloom tokenize` takes it, if validation shall also draw
     pictures."""
     cpu: bool = False
@@ -54,7 +55,7 @@ class TrainDynamicsConfig:
     training: DynamicsTrainingConfig = field(default_factory=DynamicsTrainingConfig)
     """How it is trained."""
     model: DynamicsConfig = field(default_factory=DynamicsConfig)
-    """Its sizes."""
+    """Its sizes and parts (docs/dynamics.md)."""
 
     def __post_init__(self) -> None:
         """Refuse a training of nothing."""

@@ -27,7 +27,8 @@ class TrainTokenizerConfig:
     """
 
     episodes: Path
-    """Folder of episodes, as `worldloom record` writes it; every tenth is held out."""
+    """Folder of episodes, as `worldloom record` or `worldloom ingest` writes it; every tenth is
+    held out."""
     output: Path
     """Run directory; the tokenizer itself is in its folder model/."""
     device: str = "auto"
@@ -37,7 +38,7 @@ class TrainTokenizerConfig:
     training: TokenizerTrainingConfig = field(default_factory=TokenizerTrainingConfig)
     """How it is trained."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """Its sizes."""
+    """Its sizes and parts (docs/tokenizers.md)."""
 
 
 def train_tokenizer(config: TrainTokenizerConfig) -> "Path | DryRun":

@@ -18,7 +18,7 @@ has no probability, so that every action drawn is one of the game's.
 Steps without a known action (NULL) and padding are no labels, and what follows the end of the keys
 is none either.
 
-Source: the action heads of genie2-pytorch, without the defects that DESIGN lists.
+Source: the action heads of genie2-pytorch, without the defects in tests/dynamics/test_defects.py.
 """
 
 import warnings

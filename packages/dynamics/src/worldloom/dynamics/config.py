@@ -71,7 +71,8 @@ class DynamicsConfig:
     cell_embedding: bool = True
     """Whether every cell of the grid has a learned vector of its own."""
     previous_frame: bool = True
-    """Whether a cell is fed its own code of one latent frame before; order frame needs it."""
+    """Whether a cell is fed its own code of one latent frame before; orders frame and
+    masked need it."""
     value_residual: bool = True
     """Whether values mix with the first layer's by a learned share (arXiv:2410.17897)."""
     residual_streams: int = 1

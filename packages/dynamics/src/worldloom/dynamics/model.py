@@ -11,7 +11,7 @@ grid apart, and every token is fed its own cell's code one frame before. Logits 
 of their own or against the codebook (heads.py). There is one token a cell, however many levels it
 has: see level_head.py. Inside, codes always have a last axis Q.
 
-Source: the recipe of genie2-pytorch, without the defects that DESIGN lists.
+Source: the recipe of genie2-pytorch, without the defects in tests/dynamics/test_defects.py.
 """
 
 from dataclasses import dataclass

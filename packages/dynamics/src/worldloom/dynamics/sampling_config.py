@@ -71,8 +71,8 @@ class SamplingConfig:
     """How much guidance keeps of its part that only makes the model surer of what it expects
     anyway (arXiv:2410.02416); 1 is plain guidance, 0 leaves what points elsewhere."""
     decoder: DecoderName = "own"
-    """In which forwards a frame is decided: jacobi, raster, row, frame and auto give the same codes
-    and depend on the model's order, as does maskgit; own is what suits the order."""
+    """In which forwards a frame is decided; own is what suits the model's order. jacobi, raster,
+    row, frame and auto give the same codes, maskgit (order masked alone) others."""
     refinements: int = 4
     """Passes that maskgit takes for a frame; no other decoder looks at it."""
 

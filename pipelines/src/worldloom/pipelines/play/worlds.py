@@ -68,7 +68,7 @@ def world_files(path: Path, /) -> WorldFiles:
         )
     raise FormatError(
         f"{path}: is no world: it lacks {' and '.join(_lacking(path))}. Give the folder that "
-        "`worldloom demo` wrote, or name its parts with --model and --tokenizer"
+        "`worldloom demo` wrote, or name its parts with --model, --tokenizer and --start"
     )
 
 
