@@ -9,7 +9,7 @@ STAMP := .venv/installed
 PROJECTS := pyproject.toml $(wildcard packages/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo play test lint check clean
+.PHONY: help setup demo play browser test lint check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -36,7 +36,18 @@ play: setup  ## walk through the learned world in a browser (learns it first, if
 	@test -e runs/demo/report.json || $(MAKE) --no-print-directory demo
 	$(BIN)/worldloom play runs/demo
 
-test: setup  ## run the tests
+# Debian's where that can be had, else playwright's own; tests say loudly what they cannot test.
+browser: setup  ## install a Chromium for the tests of the page, where there is none
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+	  command -v $$name >/dev/null && exit 0; done; \
+	echo 'installing Chromium: the page is tested in it' >&2; \
+	{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && \
+	  DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120 install -y \
+	    --no-install-recommends chromium fonts-liberation >/dev/null; } || \
+	$(BIN)/playwright install chromium || \
+	echo 'no Chromium can be installed: the page will not be tested' >&2
+
+test: setup browser  ## run the tests, the page in a Chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: setup  ## format, lint, types, import contracts; changes nothing

@@ -35,6 +35,9 @@ def ray_cluster() -> Iterator[Any]:
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # A cluster's address is written there, and nobody else makes that folder.
+        patch.setenv("RAY_TMPDIR", folder)
+        Path(folder, "ray").mkdir()
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
         try:
             cluster = Cluster(
@@ -42,7 +45,7 @@ def ray_cluster() -> Iterator[Any]:
                 head_node_args={
                     **_NODE,
                     "include_dashboard": False,
-                    "temp_dir": folder,
+                    "temp_dir": f"{folder}/ray",
                     "_system_config": _SOON,
                 },
             )

@@ -15,8 +15,8 @@ PUBLIC = {
     "Cost", "measured_times_s", "training_cost",
     "DynamicsConfig", "DynamicsModel", "DynamicsSpec", "DynamicsTrainingConfig", "Mixture", "NULL",
     "Rollout", "SamplingConfig", "Snapshot", "StreamConfig", "WindowBatch", "WindowSource",
-    "WindowStream", "Windows", "check_alike", "cross_entropy", "decoders_of", "generate_codes",
-    "open_held_out", "sample_codes", "train_dynamics_model", "validate",
+    "WindowStream", "Windows", "check_alike", "cross_entropy", "decoders_of", "fit_sampling",
+    "generate_codes", "open_held_out", "sample_codes", "train_dynamics_model", "validate",
 }  # fmt: skip
 
 

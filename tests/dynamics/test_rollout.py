@@ -166,6 +166,18 @@ def test_a_snapshot_branches_a_rollout_exactly_and_more_than_once(order, num_lev
         assert torch.equal(go(range(6, 14)), first)
 
 
+def test_changing_the_prompts_memory_changes_no_later_frame():
+    model = make_model()
+    slots_BTA = random_slots(model, 4)
+    frames = []
+    for harm in (1, 0):
+        prompt_Bthw = random_codes(model, 3)
+        rollout = Rollout(model, prompt_Bthw, slots_BTA[:, :2], seeds=[0, 1], sampling=GREEDY)
+        prompt_Bthw.mul_(harm)
+        frames.append(rollout.step(slots_BTA[:, 2:3]))
+    assert torch.equal(*frames)
+
+
 def test_changing_what_a_step_returned_changes_no_later_frame():
     model = make_model()
     slots_BTA = random_slots(model, 3)

@@ -192,7 +192,8 @@ def test_bfloat16_logits_are_drawn_from_in_float32():
         {"temperature": -0.1}, {"temperature": float("inf")}, {"temperature": float("nan")},
         {"min_p": -0.1}, {"min_p": 1.1}, {"min_p": float("nan")},
         {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": float("nan")},
-        {"top_k": -1}, {"top_k": 2.5}, {"top_k": float("nan")},
+        {"top_k": -1}, {"top_k": 2.5}, {"top_k": float("nan")}, {"top_k": float("inf")},
+        {"refinements": 0}, {"refinements": 1.5}, {"refinements": float("inf")},
         {"guidance_scale": -0.5}, {"guidance_scale": float("inf")},
         {"guidance_scale": float("nan")},
         {"parallel_keep_frac": -0.1}, {"parallel_keep_frac": 1.1},
@@ -202,3 +203,9 @@ def test_bfloat16_logits_are_drawn_from_in_float32():
 def test_settings_out_of_range_are_refused_by_name(setting):
     with pytest.raises(ConfigError, match=f"sampling: {next(iter(setting))} is"):
         SamplingConfig(**setting)
+
+
+def test_whole_numbers_are_whole_however_a_file_says_them():
+    sampling = SamplingConfig(top_k=3.0, refinements=2.0)
+    assert (type(sampling.top_k), type(sampling.refinements)) == (int, int)
+    assert sampling == SamplingConfig(top_k=3, refinements=2)

@@ -192,6 +192,13 @@ def test_the_help_of_a_command_imports_no_other_commands_module():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_calls_no_value_by_what_it_is_without_one(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    assert "{None" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_example_in_every_commands_help_is_a_command_line_that_parses(name):
     cls, _ = COMMANDS[name].load()
     paragraphs = [part.strip() for part in re.split(r"\n\s*\n", cls.__doc__)]

@@ -43,6 +43,7 @@ from worldloom.pipelines.generation_memory import (
     require_room,
 )
 from worldloom.pipelines.info import InfoConfig, info
+from worldloom.pipelines.info_starts import describe_starts
 from worldloom.pipelines.starts import Moment, held_out_moments, read_start, start_from_picture
 from worldloom.pipelines.world import World
 from worldloom.tokenizer import (
@@ -431,6 +432,26 @@ def test_num_starts_takes_held_out_starts_and_says_where_each_is(many):
     assert sorted(path.name for path in folder.iterdir()) == [
         "contact-sheet.png", "start-000", "start-001", "starts.json"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"seconds": 1e999},
+        {"starts": [{"folder": "..", "start": "a", "num_frames": 1}]},
+        {"starts": [{"folder": "/", "start": "a", "num_frames": 1}]},
+        {"starts": [{"folder": "start-000", "start": "a", "num_frames": 1e999}]},
+        {"num_samples": 1e999},
+        {"starts": 3},
+    ],
+)
+def test_a_forged_list_of_starts_is_refused_in_a_sentence(many, forged):
+    folder = many(actions="LEFT", num_starts=2, horizon=5)
+    (folder.parent / "session.json").write_text("{}")  # what a name outside would find
+    path = folder / "starts.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | forged))
+    with pytest.raises(FormatError, match=r"starts\.json"):
+        describe_starts(folder)
 
 
 def test_the_sheet_over_all_starts_has_true_above_generated(many):

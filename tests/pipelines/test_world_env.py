@@ -1,5 +1,6 @@
 """Promises of the environments: Gymnasium's rules, the game's actions, seeds that decide all."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,12 +10,14 @@ import warnings
 import gymnasium
 import numpy as np
 import pytest
+import torch
 import worldloom.pipelines  # noqa: F401  registers worldloom/World-v0
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from PIL import Image
 from worldloom.common import ActionSpec, ConfigError, FormatError
 from worldloom.dynamics import DynamicsConfig, DynamicsModel, DynamicsSpec, SamplingConfig
+from worldloom.pipelines.play.start_points import picture_start
 from worldloom.pipelines.starts import Moment, read_start, start_from_picture
 from worldloom.pipelines.world import World
 from worldloom.pipelines.world_env import WorldEnv
@@ -137,6 +140,35 @@ def test_starts_can_be_chosen_by_number_episode_or_picture(make, tmp_path):
         assert np.array_equal(env.reset(seed=1, options={"picture": picture})[0], from_file)
 
 
+def test_a_damaged_picture_is_refused_in_a_sentence_wherever_it_is_damaged(make, tmp_path):
+    env, file, rng = make(), io.BytesIO(), np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(file, "PNG")
+    whole, refused = np.frombuffer(file.getvalue(), np.uint8), 0
+    for _ in range(300):
+        damaged = whole.copy()
+        damaged[rng.integers(8, len(whole), 2)] = rng.integers(0, 256, 2)
+        try:
+            env.reset(seed=0, options={"picture": damaged.tobytes()})
+        except FormatError as error:
+            assert "not a readable picture" in str(error)  # noqa: PT017 - some can be read
+            refused += 1
+    assert refused > 100
+
+
+def test_a_photograph_is_the_same_start_here_as_in_play(make):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # turned by a quarter
+    frame = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(frame).save(file, "PNG", exif=exif)
+    env = make()
+    world = env.unwrapped._source.world
+    played = picture_start(file.getvalue(), world)
+    generated = start_from_picture(file.getvalue(), world, source="a picture")
+    assert torch.equal(played.start.codes_thw, generated.codes_thw)
+    upright = start_from_picture(frame, world, source="a picture")
+    assert not torch.equal(played.start.codes_thw, upright.codes_thw)
+
+
 def test_without_options_every_start_is_drawn_sooner_or_later(make):
     env = make()
     env.reset(seed=0)
@@ -161,6 +193,10 @@ def test_it_is_truncated_after_max_steps_and_never_terminated(make):
         ({"episode": "nobody"}, ConfigError, "no --episode 'nobody'"),
         ({"episode": "0", "start": 1}, ConfigError, "take one of start"),
         ({"strat": 1}, ConfigError, "take one of start"),
+        ({"episode": "0", "start_frame": "a"}, ConfigError, "start_frame is 'a', must be"),
+        ({"episode": "0", "start_frame": None}, ConfigError, "start_frame is None, must be"),
+        ({"picture": None}, ConfigError, "picture is of type NoneType, must be a path"),
+        ({"picture": np.zeros((0, 16, 3), np.uint8)}, FormatError, "not empty"),
         ({"picture": b"not a picture"}, FormatError, "a picture: not a readable picture"),
         ({"picture": np.zeros((16, 16), np.uint8)}, FormatError, r"must be uint8 \(height"),
     ],

@@ -80,6 +80,24 @@ def test_crop_keeps_the_middle_and_the_aspect_ratio():
     assert (cut == 200).all()
 
 
+@pytest.mark.parametrize("upright", [True, False])
+def test_of_a_stripe_only_the_middle_is_scaled(upright, monkeypatch):
+    frames = np.zeros((1, 1, 100_001, 3), np.uint8)
+    frames[:, :, 50_000] = 200
+    scale, most = torch.nn.functional.interpolate, []
+
+    def scaled(video, size, **how):
+        most.append(np.prod(size))
+        return scale(video, size, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", scaled)
+    turned = frames.swapaxes(1, 2) if upright else frames
+    cut = resize_frames(turned, height=64, width=64, rule="crop")
+    assert cut.shape == (1, 64, 64, 3)
+    assert (cut == 200).all()
+    assert most == [64 * 64]
+
+
 def test_pad_keeps_everything_and_adds_black_bars_of_equal_size():
     frames = np.full((1, 20, 40, 3), 200, np.uint8)
     padded = resize_frames(frames, height=20, width=20, rule="pad")

@@ -20,6 +20,7 @@ from pipelines.play.raw import (
     slow_reader,
 )
 from worldloom.common import ConfigError, FormatError
+from worldloom.dynamics import SamplingConfig
 from worldloom.pipelines.cli import main
 from worldloom.pipelines.play.command import play
 from worldloom.pipelines.play.config import PlayConfig
@@ -231,6 +232,20 @@ def test_a_world_in_parts_is_played_and_kept_in_the_present_folder(
         command.send(signal.SIGINT)
         assert command.wait().code == 130
     assert len(codes_of(tmp_path / "kept")) == 1
+
+
+@pytest.mark.parametrize("start", ["a.png", "b.png", "."])
+def test_starts_that_play_cannot_have_are_named_for_what_they_are(steer_world, tmp_path, start):
+    (tmp_path / "a.png").touch()
+    says = {"a.png": "is no folder", "b.png": "no such file", ".": "has neither manifest.json"}
+    with pytest.raises(FormatError, match=says[start]) as refused:
+        play(PlayConfig(world=steer_world, start=tmp_path / start, port=0))
+    assert "picture" not in str(refused.value)
+
+
+def test_settings_that_the_model_cannot_be_played_with_are_refused_at_once(steer_world):
+    with pytest.raises(ConfigError, match="decoder is maskgit"):
+        play(PlayConfig(world=steer_world, sampling=SamplingConfig(decoder="maskgit"), port=0))
 
 
 def test_a_world_without_a_frame_to_start_from_is_refused(steer_world, tmp_path):

@@ -245,6 +245,27 @@ def test_a_picture_that_was_sent_is_a_start(served):
         page.until(FRAME, position=1)
 
 
+def test_who_leaves_while_a_picture_is_sent_leaves_no_traceback(served, caplog):
+    head = (
+        f"POST /picture?token={TOKEN} HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\n"
+        f"Origin: {served.origin}\r\nContent-Length: 100000\r\n\r\n"
+    )
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as leaving:
+            leaving.sendall(head.encode() + bytes(500))
+            time.sleep(0.05)
+    assert get(served, "/")[0] == 200
+    time.sleep(0.2)
+    assert not [record for record in caplog.records if record.exc_info]
+    assert not served.player._game.pictures
+
+
+@pytest.mark.parametrize("number", ["99", "-1", "x", "00", "9" * 5000])
+def test_a_start_that_is_none_is_not_found(served, number):
+    code, _, sentence = get(served, f"/start/{number}.png")
+    assert (code, b"starts, from 0" in sentence) == (404, True)
+
+
 def test_only_the_last_four_pictures_are_kept_and_none_larger_than_8_mib(served):
     assert get(served, "/picture", "POST", bytes(8 << 20))[0] == 200
     code, _, sentence = get(served, "/picture", "POST", bytes((8 << 20) + 1))

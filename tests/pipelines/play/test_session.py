@@ -23,6 +23,7 @@ from pipelines.play.playing import (
 from worldloom.common import ConfigError, FormatError, MismatchError, WorldloomError
 from worldloom.dynamics import NULL, SamplingConfig
 from worldloom.pipelines.play.session import PlaySession
+from worldloom.pipelines.world import World
 
 COLD = SamplingConfig(temperature=0.6, top_k=7)
 RASTER = replace(WARM, decoder="raster")
@@ -545,6 +546,39 @@ def test_a_step_that_fails_half_way_is_as_if_it_had_not_been(world, monkeypatch)
         assert codes_again == codes[position:]
         assert all(map(np.array_equal, frames_again, frames[position:]))
         session.rewind(5)
+
+
+@pytest.mark.parametrize("fails_at", ["open_decoder", "snapshot"])
+def test_a_reset_that_fails_half_way_is_as_if_it_had_not_been(world, monkeypatch, fails_at):
+    keys = some_keys(world, 12)
+    codes = press(begun(world), keys)[0]
+    session = begun(world)
+    press(session, keys[:5])
+
+    def fails(*_):
+        raise MemoryError
+
+    for heal in (lambda: None, lambda: session.rewind(5), lambda: session.rewind(3)):
+        with monkeypatch.context() as patched:
+            of = type(world.tokenizer) if fails_at == "open_decoder" else type(world)
+            patched.setattr(of, fails_at, fails)
+            with pytest.raises(MemoryError):
+                session.reset(start=1, seed=8)
+        heal()
+        assert (session.point, session.seed) == (session.starts[0], 3)
+        position = session.position
+        assert press(session, keys[position:])[0] == codes[position:]
+        session.rewind(5)
+    assert session.reset(start=1).position == 0
+
+
+def test_settings_that_are_not_for_this_model_are_refused_before_anything_begins(world):
+    with pytest.raises(ConfigError, match="decoder is maskgit"):
+        World(world.model, world.tokenizer, sampling=replace(WARM, decoder="maskgit"))
+    session = PlaySession(world, [some_start(world)], sampling=WARM, seed=0, log=None)
+    with pytest.raises(ConfigError, match="decoder is maskgit"):
+        session.sampling = replace(WARM, decoder="maskgit")
+    assert session.sampling == WARM
 
 
 def test_closing_a_session_closes_what_runs_beside(world):

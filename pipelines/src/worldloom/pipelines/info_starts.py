@@ -5,6 +5,7 @@
 Needs no torch.
 """
 
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,25 @@ def describe_starts(folder: Path, /) -> tuple[dict[str, Any], list[Path]]:
             "num_starts": len(rows),
             "num_samples": samples,
             "generated_frames": frames * samples,
-            "seconds": float(content["seconds"]),
-            "frames_per_s": float(content["frames_per_s"]),
-            "forwards_per_frame": float(content["forwards_per_frame"]),
+            "seconds": _finite(content["seconds"]),
+            "frames_per_s": _finite(content["frames_per_s"]),
+            "forwards_per_frame": _finite(content["forwards_per_frame"]),
             "starts": [start for _, start in rows[:_LISTED]],
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise FormatError(
             f"{path}: is not what `worldloom generate` writes ({error!r}); generate it again"
         ) from error
     inside = [folder / name for name, _ in rows]
     for one in inside:
-        if one.parent != folder or not (one / "session.json").is_file():
+        stray = one.parent != folder or one.name == ".."
+        if stray or not (one / "session.json").is_file():
             raise FormatError(f"{path}: names {one.name!r:.60}, which is not there; generate again")
     return about, inside
+
+
+def _finite(number: Any) -> float:
+    """Return a number that is one: JSON knows 1e999."""
+    if not isfinite(number):
+        raise ValueError(f"{number} where a number was expected")
+    return float(number)

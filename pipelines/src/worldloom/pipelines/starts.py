@@ -83,7 +83,7 @@ def read_start(path: Path, world: World, moment: Moment, /, *, with_frames: bool
     if (path / "episodes.json").is_file():
         start = _from_episodes(path, world, moment)
         return start if with_frames else replace(start, true_frames_THWC=None)
-    raise _no_starts(path)
+    raise _no_starts(path, of_pictures=True)
 
 
 def held_out_moments(
@@ -126,6 +126,8 @@ def held_out_moments(
 def start_from_picture(picture: Path | bytes | Frames, world: World, /, *, source: str) -> Start:
     """Encode a picture as a prompt of one frame, at the tokenizer's size by its rule.
 
+    A file is turned as its camera says.
+
     Args:
         picture: a file, the bytes of one, or frame_HWC uint8.
         world: encodes it.
@@ -136,9 +138,15 @@ def start_from_picture(picture: Path | bytes | Frames, world: World, /, *, sourc
         MismatchError: if the tokenizer does not take its size.
     """
     frame_HWC = picture if isinstance(picture, np.ndarray) else _opened(picture, source)
-    if frame_HWC.ndim != 3 or frame_HWC.shape[2] != 3 or frame_HWC.dtype != np.uint8:
+    if (
+        frame_HWC.ndim != 3
+        or frame_HWC.shape[2] != 3
+        or frame_HWC.dtype != np.uint8
+        or 0 in frame_HWC.shape
+    ):
         raise FormatError(
-            f"{source}: {frame_HWC.dtype} {frame_HWC.shape}, must be uint8 (height, width, 3)"
+            f"{source}: {frame_HWC.dtype} {frame_HWC.shape}, must be uint8 (height, width, 3), and "
+            "not empty"
         )
     tokenizer = world.tokenizer
     where = picture if isinstance(picture, Path) else Path(source)
@@ -163,12 +171,15 @@ def require_actions(model: DynamicsModel, other: ActionSpec, /, *, where: str) -
         )
 
 
-def _no_starts(path: Path) -> FormatError:
+def _no_starts(path: Path, *, of_pictures: bool) -> FormatError:
     """Return the error for a path at which nothing can start."""
-    found = "has neither manifest.json nor episodes.json" if path.is_dir() else "no such file"
-    return FormatError(
-        f"{path}: {found}; --start takes a folder of token shards or of episodes, or a picture"
-    )
+    found = "no such file or folder"
+    if path.is_dir():
+        found = "has neither manifest.json nor episodes.json"
+    elif path.exists():
+        found = "is no folder"
+    wanted = "a folder of token shards or of episodes" + (", or a picture" if of_pictures else "")
+    return FormatError(f"{path}: {found}; --start takes {wanted}")
 
 
 def _held_out_lengths(path: Path) -> list[tuple[str, int]]:
@@ -179,7 +190,7 @@ def _held_out_lengths(path: Path) -> list[tuple[str, int]]:
         rows = [shards.episodes[number] for number in numbers]
         return [(row.key, row.num_frames) for row in rows]
     if not (path / "episodes.json").is_file():
-        raise _no_starts(path)
+        raise _no_starts(path, of_pictures=False)
     episodes, lengths = Episodes(path), []
     for key in episodes.split("validation") or episodes.keys:
         with episodes.open(key) as opened:
@@ -189,12 +200,12 @@ def _held_out_lengths(path: Path) -> list[tuple[str, int]]:
 
 def _opened(picture: Path | bytes, source: str) -> Frames:
     """Return frame_HWC of a picture's file or bytes."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
-            return np.array(opened.convert("RGB"))
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+            return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
+    except Exception as error:  # a file made to break a reader makes it fail with anything
         where = picture if isinstance(picture, Path) else source
         raise FormatError(f"{where}: not a readable picture ({error})") from error
 

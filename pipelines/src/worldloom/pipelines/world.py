@@ -8,7 +8,7 @@ time: what play shows, and what evaluate clocks. `snapshot` and `restore` branch
 
 from collections import deque
 from collections.abc import Collection, Mapping
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -17,7 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 from worldloom.common import Frames, SlotArray
-from worldloom.dynamics import DynamicsModel, Rollout, SamplingConfig, Snapshot
+from worldloom.dynamics import (
+    DynamicsModel,
+    Rollout,
+    SamplingConfig,
+    Snapshot,
+    fit_sampling,
+)
 from worldloom.tokenizer import DecoderSession, VideoTokenizer, load_tokenizer
 
 
@@ -41,7 +47,9 @@ class World:
 
         Raises:
             MismatchError: if it was trained on another tokenizer.
+            ConfigError: if the model cannot be sampled in this way.
         """
+        fit_sampling(sampling, model)
         tokenizer.spec.require(model.spec.tokenizer, here="this tokenizer", there="this model")
         self.model = model
         self.tokenizer = tokenizer
@@ -74,24 +82,16 @@ class World:
         """How codes are drawn; may be changed between steps.
 
         Raises:
-            ConfigError: on setting it, if guidance is asked of a model without actions.
+            ConfigError: on setting it, if the model cannot be sampled in this way; nothing changed.
         """
         return self._sampling
 
     @sampling.setter
     def sampling(self, sampling: SamplingConfig, /) -> None:
+        fit_sampling(sampling, self.model)
         if self._rollout is not None:
             self._rollout.sampling = sampling
         self._sampling = sampling
-
-    def require_sampling(self, sampling: SamplingConfig, /) -> None:
-        """Refuse what `sampling` would refuse to be set to; change nothing.
-
-        Raises:
-            ConfigError: as setting it does.
-        """
-        rollout, _ = self._state()
-        copy(rollout).sampling = sampling
 
     @property
     def forwards(self) -> int:
@@ -111,15 +111,17 @@ class World:
             slots_TA: the r (t - 1) actions between them.
             seed: all randomness of what follows.
         """
-        self._rollout = Rollout(
+        rollout = Rollout(
             self.model,
             codes_thw[None],
             torch.from_numpy(np.ascontiguousarray(slots_TA))[None],
             seeds=[seed],
             sampling=self.sampling,
         )
-        self._decoder = self.tokenizer.open_decoder()
-        return self._decoder.push(codes_thw[None])[0].cpu().numpy()
+        decoder = self.tokenizer.open_decoder()
+        frames_THWC: Frames = decoder.push(codes_thw[None])[0].cpu().numpy()
+        self._rollout, self._decoder = rollout, decoder
+        return frames_THWC
 
     def step(self, slots_rA: SlotArray, /) -> tuple[Frames, torch.Tensor]:
         """Do these r actions; return the r frames_THWC they lead to, and their codes_hw (or hwQ).

@@ -150,6 +150,11 @@ class WorldSource:
         if "picture" in options:
             picture = options["picture"]
             picture = Path(picture) if isinstance(picture, str) else picture
+            if not isinstance(picture, Path | bytes | np.ndarray):
+                raise ConfigError(
+                    f"reset option picture is of type {type(picture).__name__}, must be a path, "
+                    "bytes or an array"
+                )
             name = picture.name if isinstance(picture, Path) else "a picture"
             return start_from_picture(picture, self.world, source=name), seed
         starts = self.files.starts
@@ -159,9 +164,14 @@ class WorldSource:
                 "start=... (a folder of them, or a picture), or options={'picture': ...} to reset"
             )
         if "episode" in options:
+            frame = options.get("start_frame", 0)
+            if not isinstance(frame, int | np.integer):
+                raise ConfigError(
+                    f"reset option start_frame is {frame!r:.40}, must be a pixel frame's number"
+                )
             moment = Moment(
                 episode=str(options["episode"]),
-                start_frame=int(options.get("start_frame", 0)),
+                start_frame=int(frame),
                 prompt_frames=self.config.prompt_frames,
                 sequel_steps=0,
             )

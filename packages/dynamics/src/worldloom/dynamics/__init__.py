@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .model import DynamicsModel as DynamicsModel
     from .rollout import Rollout as Rollout
     from .rollout import Snapshot as Snapshot
+    from .rollout import fit_sampling as fit_sampling
     from .rollout import generate_codes as generate_codes
     from .sampling import sample_codes as sample_codes
     from .sampling_config import SamplingConfig as SamplingConfig
@@ -41,7 +42,7 @@ __getattr__, __dir__ = lazy_exports(
         "losses": ("cross_entropy",),
         "mixture": ("Mixture", "check_alike"),
         "model": ("DynamicsModel",),
-        "rollout": ("Rollout", "Snapshot", "generate_codes"),
+        "rollout": ("Rollout", "Snapshot", "fit_sampling", "generate_codes"),
         "sampling": ("sample_codes",),
         "sampling_config": ("SamplingConfig", "decoders_of"),
         "spec": ("DynamicsSpec",),

@@ -39,6 +39,7 @@ class Snapshot:
     tokens_BSD: Tensor | None
     cache: KVCache
     decoder: Decoder
+    seeds_B: Tensor
 
 
 class Rollout:
@@ -82,7 +83,7 @@ class Rollout:
             )
         self.model = model
         self._seeds_B = _check_seeds(seeds, model, batch=batch)
-        self._sampling = _fitting(sampling, model)
+        self._sampling = fit_sampling(sampling, model)
         self._decoder = open_decoder(self._sampling.decoder, model.config.order)
         codes_BtSQ = _check_codes(codes_BtSQ, model)
         slots_BTA = _check_slots(
@@ -128,7 +129,7 @@ class Rollout:
             ConfigError: if guidance is asked of a model without actions, or a decoder that is not
                 for its order; nothing changed.
         """
-        sampling = _fitting(sampling, self.model)
+        sampling = fit_sampling(sampling, self.model)
         if sampling.decoder != self._sampling.decoder:
             self._decoder = open_decoder(sampling.decoder, self.model.config.order)
         self._sampling = sampling
@@ -197,13 +198,19 @@ class Rollout:
     def snapshot(self) -> Snapshot:
         """Return the state, independent of what follows."""
         return Snapshot(
-            self.frame, self._past, self._tokens_BSD, self._cache.clone(), deepcopy(self._decoder)
+            self.frame,
+            self._past,
+            self._tokens_BSD,
+            self._cache.clone(),
+            deepcopy(self._decoder),
+            self._seeds_B,
         )
 
     def restore(self, snapshot: Snapshot, /) -> None:
         """Go back to a snapshot of this rollout, or of another of as many worlds of its model.
 
-        `sampling` stays as it is now; the decoder goes on as it was then, if it is the same one.
+        Its seeds come with it. `sampling` stays as it is now; the decoder goes on as it was then, if
+        it is the same one.
 
         Raises:
             ShapeError: if the snapshot has another number of worlds, or is of another model.
@@ -218,6 +225,7 @@ class Rollout:
                 "restore it in a rollout like the one it was taken from"
             )
         self.frame, self._past = snapshot.frame, snapshot.past
+        self._seeds_B = snapshot.seeds_B
         self._tokens_BSD, self._cache = snapshot.tokens_BSD, snapshot.cache.clone()
         if type(snapshot.decoder) is type(self._decoder):
             self._decoder = deepcopy(snapshot.decoder)
@@ -339,8 +347,13 @@ def generate_codes(
     return torch.cat([prompt, *generated], dim=1)
 
 
-def _fitting(sampling: SamplingConfig, model: DynamicsModel, /) -> SamplingConfig:
-    """Return it with the decoder's name for the model; refuse what the model cannot do."""
+def fit_sampling(sampling: SamplingConfig, model: DynamicsModel, /) -> SamplingConfig:
+    """Return it with the decoder's name for the model, in the place of `own`.
+
+    Raises:
+        ConfigError: if guidance is asked of a model without actions, or a decoder that is not
+            for its order.
+    """
     if sampling.guided and model.spec.actions.num_slots == 0:
         raise ConfigError(
             f"sampling: guidance_scale is {sampling.guidance_scale}, must be 1 for this model: it "
@@ -363,7 +376,8 @@ def _check_codes(codes_BtSQ: Tensor, model: DynamicsModel) -> Tensor:
     codes = model.spec.tokenizer.codes
     if codes_BtSQ.is_floating_point() or codes_BtSQ.dtype == torch.bool:
         raise FormatError(f"prompt: codes are {codes_BtSQ.dtype}, must be integers")
-    codes_BtSQ = codes_BtSQ.to(model.device, torch.int64)
+    # A copy: a rollout looks back at them, whatever their owner does with the memory.
+    codes_BtSQ = codes_BtSQ.to(model.device, torch.int64, copy=True)
     for level, codes_BtS in enumerate(codes_BtSQ.unbind(-1)):
         least, most = int(codes_BtS.min()), int(codes_BtS.max())
         if least < 0 or most >= codes.vocab_size:

@@ -88,15 +88,12 @@ class SamplingConfig:
                 raise ConfigError(f"sampling: {name} is {value}, must be in [0, 1]")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"sampling: top_p is {self.top_p}, must be in (0, 1]")
-        if not (self.top_k >= 0 and self.top_k % 1 == 0):
-            raise ConfigError(
-                f"sampling: top_k is {self.top_k}, must be a number of codes, or 0 for all"
-            )
-        if not (self.refinements >= 1 and self.refinements % 1 == 0):
-            raise ConfigError(
-                f"sampling: refinements is {self.refinements}, must be a number of passes, at "
-                "least 1"
-            )
+        whole = {"top_k": (0, "codes, or 0 for all"), "refinements": (1, "passes, at least 1")}
+        for name, (least, what) in whole.items():
+            value = getattr(self, name)
+            if not (value >= least and value % 1 == 0):
+                raise ConfigError(f"sampling: {name} is {value}, must be a number of {what}")
+            object.__setattr__(self, name, int(value))  # files may say 3.0
         if self.decoder not in get_args(DecoderName):
             known = ", ".join(get_args(DecoderName))
             raise ConfigError(f"sampling: decoder is {self.decoder!r:.40}, must be one of {known}")

@@ -21,6 +21,9 @@ from worldloom.common import ConfigError, ResizeRule, ShapeError, bind_shape
 
 Frames = npt.NDArray[np.uint8]
 
+_MOST_CUT = 16
+"""A picture is scaled before it is cut, unless that made it so many times what is kept."""
+
 
 def to_video(frames_BTHWC: Tensor, /) -> Tensor:
     """Return video_BCTHW, float32 in [-1, 1], of uint8 frames.
@@ -80,14 +83,23 @@ def resize_frames(frames_THWC: Frames, /, *, height: int, width: int, rule: Resi
     scales = height / size["H"], width / size["W"]
     scale = max(scales) if rule == "crop" else min(scales)
     inner_height, inner_width = (max(1, round(size[axis] * scale)) for axis in "HW")
+    if rule == "crop" and inner_height * inner_width > _MOST_CUT * height * width:
+        # Of a stripe nearly all would be scaled in vain, a million pixels a row: it is cut first.
+        kept = (max(1, round(wanted / scale)) for wanted in (height, width))
+        return _scale(_middle(frames_THWC, *kept), height, width)
     scaled_THWC = _scale(frames_THWC, inner_height, inner_width)
     if rule == "crop":
-        top, left = (inner_height - height) // 2, (inner_width - width) // 2
-        return np.ascontiguousarray(scaled_THWC[:, top : top + height, left : left + width])
+        return np.ascontiguousarray(_middle(scaled_THWC, height, width))
     padded_THWC = np.zeros((size["T"], height, width, 3), np.uint8)
     top, left = (height - inner_height) // 2, (width - inner_width) // 2
     padded_THWC[:, top : top + inner_height, left : left + inner_width] = scaled_THWC
     return padded_THWC
+
+
+def _middle(frames_THWC: Frames, height: int, width: int) -> Frames:
+    """Return what remains of frames at least so large when all sides are cut alike."""
+    top, left = (frames_THWC.shape[1] - height) // 2, (frames_THWC.shape[2] - width) // 2
+    return frames_THWC[:, top : top + height, left : left + width]
 
 
 def _scale(frames_THWC: Frames, height: int, width: int) -> Frames:

@@ -13,7 +13,7 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp
@@ -99,27 +99,30 @@ def build_app(
         guarded: False only in tests, to show what the guard keeps out.
     """
     seat = seat or Seat()
-    pictures = [pack_image(point.frame_HWC, "png") for point in player.starts]
+    pictures = {
+        str(number): pack_image(point.frame_HWC, "png")
+        for number, point in enumerate(player.starts)
+    }
 
     async def page(request: Request) -> Response:
         name, kind = _PAGE_FILES[request.url.path]
         return Response((PAGE / name).read_bytes(), media_type=kind)
 
     async def start(request: Request) -> Response:
-        number = request.path_params["number"]
-        if number >= len(pictures):
-            raise HTTPException(404, f"there are {len(pictures)} starts")
-        return Response(pictures[number], media_type="image/png")
+        if (found := pictures.get(request.path_params["number"])) is None:
+            raise HTTPException(404, f"there are {len(pictures)} starts, from 0")
+        return Response(found, media_type="image/png")
 
     async def picture(request: Request) -> Response:
         content = bytearray()
-        async for part in request.stream():
-            content += part
-            if len(content) > MAX_PICTURE_BYTES:
-                raise HTTPException(
-                    413,
-                    f"the picture is larger than {MAX_PICTURE_BYTES >> 20} MiB; make it smaller",
-                )
+        try:
+            async for part in request.stream():
+                content += part
+                if len(content) > MAX_PICTURE_BYTES:
+                    size = f"{MAX_PICTURE_BYTES >> 20} MiB"
+                    raise HTTPException(413, f"the picture is larger than {size}; make it smaller")
+        except ClientDisconnect:
+            return Response()  # which nobody is there to read
         return JSONResponse({"picture": player.keep_picture(bytes(content))})
 
     async def recording(request: Request) -> Response:
@@ -134,7 +137,7 @@ def build_app(
     app = Starlette(
         routes=[
             *(Route(path, page) for path in _PAGE_FILES),
-            Route("/start/{number:int}.png", start),
+            Route("/start/{number}.png", start),
             Route("/picture", picture, methods=["POST"]),
             Route("/recording/{name}", recording),
             WebSocketRoute("/play", play),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from worldloom.common import ActionSpec, ConfigError, FormatError, Frames, SlotArray
-from worldloom.dynamics import NULL, SamplingConfig
+from worldloom.dynamics import NULL, SamplingConfig, fit_sampling
 
 from ..action_sources import action_words
 from ..world import World, WorldSnapshot
@@ -154,10 +154,9 @@ class PlaySession:
 
     @sampling.setter
     def sampling(self, sampling: SamplingConfig, /) -> None:
-        if self._history is not None:
-            # The world gets it with the next step, so that what is tried in between leaves no
-            # trace: a decoder, for one, begins anew whenever it is changed.
-            self._world.require_sampling(sampling)
+        # The world gets it with the next step, so that what is tried in between leaves no trace: a
+        # decoder, for one, begins anew whenever it is changed.
+        fit_sampling(sampling, self._world.model)
         self._sampling = sampling
 
     def reset(
@@ -193,13 +192,13 @@ class PlaySession:
         companion_THWC = self._beside(lambda companion: companion.reset(point)[-1:])
         began = time.perf_counter()
         self._world.sampling = self._sampling
+        self._adrift = True  # until all of it is done; if not, we are where we were
         frames_THWC = self._world.reset(point.start.codes_thw, point.start.slots_TA, seed=seed)
-        self._point, self._seed, self._adrift = point, seed, False
         shape = (self._world.steps_per_latent, self._actions.num_slots)
-        self._history = History(slots_shape=shape, budget_bytes=self._memory_bytes)
+        history = History[_State](slots_shape=shape, budget_bytes=self._memory_bytes)
         codes_hw = point.start.codes_thw[-1].numpy()
         shown = self._look(frames_THWC[-1:], codes_hw, action="", began=began)
-        self._keep(shown)
+        self._keep(shown, history)
         if self._log is not None:
             self._log.reset(
                 start=point.label,
@@ -208,6 +207,7 @@ class PlaySession:
                 codes_thw=point.start.codes_thw.numpy(),
                 slots_TA=point.start.slots_TA,
             )
+        self._point, self._seed, self._history, self._adrift = point, seed, history, False
         return self._show(shown, companion_THWC)
 
     def step(self, slots_rA: SlotArray, /) -> Shown:
@@ -229,7 +229,7 @@ class PlaySession:
         shown = self._advance(slots_rA, sampling)
         history.add(slots_rA, sampling)
         shown = replace(shown, position=history.position, length=history.length)
-        self._keep(shown)
+        self._keep(shown, history)
         if self._log is not None:
             self._log.step(slots_rA=slots_rA, codes_hw=shown.codes_hw, sampling=sampling)
         self._sampling = history.sampling_at(history.position) or sampling
@@ -270,7 +270,7 @@ class PlaySession:
             shown = self._advance(slots_rA, sampling)
             history.move(history.position + 1)
             shown = replace(shown, position=history.position)
-            self._keep(shown)
+            self._keep(shown, history)
         self._sampling = history.sampling_at(position) or self._sampling
         if self._log is not None:
             self._log.rewind(position)
@@ -338,9 +338,8 @@ class PlaySession:
             context_frames=self._world.visible_frames,
         )
 
-    def _keep(self, shown: Shown) -> None:
+    def _keep(self, shown: Shown, history: History[_State]) -> None:
         """Keep a state of this position, where one is due."""
-        history = self._begun()
         if history.wants_state():
             state = _State(self._world.snapshot(), self._world.sampling, shown)
             size_bytes = state.world.size_bytes + shown.frames_THWC.nbytes + shown.codes_hw.nbytes

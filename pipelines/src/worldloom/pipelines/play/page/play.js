@@ -78,6 +78,7 @@ function clientId() {
 
 function connect() {
   clearTimeout(retry);
+  socket?.close(); // one that is still on its way would take the seat of the next
   const query = new URLSearchParams({ token, client: clientId() });
   const opened = new WebSocket(`${location.origin.replace(/^http/, "ws")}/play?${query}`, "worldloom.play.1");
   socket = opened;
@@ -348,7 +349,8 @@ function release(name, source) {
   if (state?.running && pressedAt.get(name) > answered) {
     letGo.add(name);
     const pressed = pressedAt.get(name);
-    setTimeout(() => letGo.has(name) && pressedAt.get(name) === pressed && forget(name), 1000);
+    const patience = Math.max(1000, 3 * (shown?.model_ms ?? 0));
+    setTimeout(() => letGo.has(name) && pressedAt.get(name) === pressed && forget(name), patience);
   } else forget(name);
 }
 
