@@ -359,6 +359,10 @@ def test_what_runs_beside_comes_as_a_second_image(steer_world, tmp_path):
         assert [int(pixels(f["images"][1]).max()) for f in (brought, stepped)] == [1, 2]
         page.say("compare", **{"with": "truth"})
         assert "none, game" in page.until("error")["message"]
+        for kind, wrong in (("reset", {"start": 99}), ("rewind", {"position": 99})):
+            page.say(kind, **wrong)
+            page.until("error")
+            assert page.until("state")["compare"] == "game"
         page.say("compare", **{"with": "none"})
         assert len(page.until(FRAME)["images"]) == 1
         assert beside.closed

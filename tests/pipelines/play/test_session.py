@@ -572,6 +572,28 @@ def test_a_reset_that_fails_half_way_is_as_if_it_had_not_been(world, monkeypatch
     assert session.reset(start=1).position == 0
 
 
+def test_when_the_world_fails_what_moved_beside_it_is_let_go(world, monkeypatch):
+    keys = some_keys(world, 3)
+
+    def fails(*_, **__):
+        raise MemoryError
+
+    for fail in (lambda session: session.step(keys[1]), lambda session: session.reset(start=1)):
+        session, companion = begun(world), Counting()
+        session.compare(companion)
+        press(session, keys[:1])
+        for ask in (lambda one: one.reset(start=99), lambda one: one.rewind(99)):
+            with pytest.raises(ConfigError):
+                ask(session)
+        assert session.compared
+        with monkeypatch.context() as patched:
+            patched.setattr(type(world), "step", fails)
+            patched.setattr(type(world), "reset", fails)
+            with pytest.raises(MemoryError):
+                fail(session)
+        assert (session.compared, companion.closed) == (False, 1)
+
+
 def test_settings_that_are_not_for_this_model_are_refused_before_anything_begins(world):
     with pytest.raises(ConfigError, match="decoder is maskgit"):
         World(world.model, world.tokenizer, sampling=replace(WARM, decoder="maskgit"))

@@ -148,12 +148,10 @@ class Game:
 
     def complain(self, task: Task, sentence: str, /) -> None:
         """Tell what went wrong; a world that cannot step does not go on trying."""
-        moves = isinstance(task, Tick | Step | Reset | Rewind)
         if isinstance(task, Tick | Step):
             self.running = False
-        if moves and self._beside != "none":
-            # A session drops what ran beside it when that fails, and does not say so.
-            self._compare("none")
+        if self._beside != "none" and not self._session.compared:
+            self._compare("none")  # the session let go of it
         self._tell({"type": "error", "message": sentence})
         self._tell_state()
 

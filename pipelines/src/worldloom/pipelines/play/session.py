@@ -10,7 +10,8 @@ one, so that `worldloom replay` can do it again.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,11 @@ class PlaySession:
         return self._shown
 
     @property
+    def compared(self) -> bool:
+        """Whether something runs beside."""
+        return self._companion is not None
+
+    @property
     def can_act(self) -> bool:
         """Whether the model can choose actions by itself."""
         return self._world.model.action_head is not None
@@ -189,25 +195,8 @@ class PlaySession:
 
     def begin(self, point: StartPoint, /, *, seed: int) -> Shown:
         """Begin from a start that need not be one of `starts`; see `reset`."""
-        companion_THWC = self._beside(lambda companion: companion.reset(point)[-1:])
-        began = time.perf_counter()
-        self._world.sampling = self._sampling
-        self._adrift = True  # until all of it is done; if not, we are where we were
-        frames_THWC = self._world.reset(point.start.codes_thw, point.start.slots_TA, seed=seed)
-        shape = (self._world.steps_per_latent, self._actions.num_slots)
-        history = History[_State](slots_shape=shape, budget_bytes=self._memory_bytes)
-        codes_hw = point.start.codes_thw[-1].numpy()
-        shown = self._look(frames_THWC[-1:], codes_hw, action="", began=began)
-        self._keep(shown, history)
-        if self._log is not None:
-            self._log.reset(
-                start=point.label,
-                seed=seed,
-                sampling=self._sampling,
-                codes_thw=point.start.codes_thw.numpy(),
-                slots_TA=point.start.slots_TA,
-            )
-        self._point, self._seed, self._history, self._adrift = point, seed, history, False
+        with self._beside(lambda companion: companion.reset(point)[-1:]) as companion_THWC:
+            shown = self._start(point, seed)
         return self._show(shown, companion_THWC)
 
     def step(self, slots_rA: SlotArray, /) -> Shown:
@@ -224,14 +213,14 @@ class PlaySession:
             sampling = self._sampling
             self.rewind(history.position)
             self._sampling = sampling
-        companion_THWC = self._beside(lambda companion: companion.step(slots_rA))
-        sampling = self._sampling
-        shown = self._advance(slots_rA, sampling)
-        history.add(slots_rA, sampling)
-        shown = replace(shown, position=history.position, length=history.length)
-        self._keep(shown, history)
-        if self._log is not None:
-            self._log.step(slots_rA=slots_rA, codes_hw=shown.codes_hw, sampling=sampling)
+        with self._beside(lambda companion: companion.step(slots_rA)) as companion_THWC:
+            sampling = self._sampling
+            shown = self._advance(slots_rA, sampling)
+            history.add(slots_rA, sampling)
+            shown = replace(shown, position=history.position, length=history.length)
+            self._keep(shown, history)
+            if self._log is not None:
+                self._log.step(slots_rA=slots_rA, codes_hw=shown.codes_hw, sampling=sampling)
         self._sampling = history.sampling_at(history.position) or sampling
         return self._show(shown, companion_THWC)
 
@@ -255,7 +244,66 @@ class PlaySession:
             raise ConfigError(
                 f"rewind: there is no position {position}; there are 0 to {history.length}"
             )
-        companion_THWC = self._beside(lambda companion: self._follow(companion, position))
+        with self._beside(lambda companion: self._follow(companion, position)) as companion_THWC:
+            shown = self._go_to(position, history)
+        return self._show(shown, companion_THWC)
+
+    def compare(self, companion: "Companion | None", /) -> None:
+        """Let the real game, or the held-out truth, run beside; None ends it.
+
+        It begins where the session began, and is brought to where it is.
+
+        Raises:
+            WorldloomError: if it cannot; then nothing runs beside.
+        """
+        if self._companion is not None:
+            self._companion.close()
+        self._companion = companion
+        if self._history is not None:
+            position = self._history.position
+            with self._beside(lambda beside: self._follow(beside, position)) as companion_THWC:
+                self._show(self.shown, companion_THWC)
+
+    def close(self) -> None:
+        """End what runs beside, and the log."""
+        self.compare(None)
+        if self._log is not None:
+            self._log.close()
+
+    @property
+    def _actions(self) -> ActionSpec:
+        return self._world.model.spec.actions
+
+    def _begun(self) -> History[_State]:
+        """Return the history since the start."""
+        if self._history is None:
+            raise ValueError("a session has no position before its first reset")
+        return self._history
+
+    def _start(self, point: StartPoint, seed: int) -> Shown:
+        """Put the world at a start; if that fails, we are where we were."""
+        began = time.perf_counter()
+        self._world.sampling = self._sampling
+        self._adrift = True
+        frames_THWC = self._world.reset(point.start.codes_thw, point.start.slots_TA, seed=seed)
+        shape = (self._world.steps_per_latent, self._actions.num_slots)
+        history = History[_State](slots_shape=shape, budget_bytes=self._memory_bytes)
+        codes_hw = point.start.codes_thw[-1].numpy()
+        shown = self._look(frames_THWC[-1:], codes_hw, action="", began=began)
+        self._keep(shown, history)
+        if self._log is not None:
+            self._log.reset(
+                start=point.label,
+                seed=seed,
+                sampling=self._sampling,
+                codes_thw=point.start.codes_thw.numpy(),
+                slots_TA=point.start.slots_TA,
+            )
+        self._point, self._seed, self._history, self._adrift = point, seed, history, False
+        return shown
+
+    def _go_to(self, position: int, history: History[_State]) -> Shown:
+        """Bring the world to a position of its history."""
         found, state = history.nearest(position)
         shown = self.shown
         # Else it is nearest to where we are.
@@ -275,40 +323,7 @@ class PlaySession:
         if self._log is not None:
             self._log.rewind(position)
         took_ms = 1000 * (time.perf_counter() - began)
-        shown = replace(shown, length=history.length, model_ms=took_ms)
-        return self._show(shown, companion_THWC)
-
-    def compare(self, companion: "Companion | None", /) -> None:
-        """Let the real game, or the held-out truth, run beside; None ends it.
-
-        It begins where the session began, and is brought to where it is.
-
-        Raises:
-            WorldloomError: if it cannot; then nothing runs beside.
-        """
-        if self._companion is not None:
-            self._companion.close()
-        self._companion = companion
-        if self._history is not None:
-            position = self._history.position
-            companion_THWC = self._beside(lambda beside: self._follow(beside, position))
-            self._show(self.shown, companion_THWC)
-
-    def close(self) -> None:
-        """End what runs beside, and the log."""
-        self.compare(None)
-        if self._log is not None:
-            self._log.close()
-
-    @property
-    def _actions(self) -> ActionSpec:
-        return self._world.model.spec.actions
-
-    def _begun(self) -> History[_State]:
-        """Return the history since the start."""
-        if self._history is None:
-            raise ValueError("a session has no position before its first reset")
-        return self._history
+        return replace(shown, length=history.length, model_ms=took_ms)
 
     def _advance(self, slots_rA: SlotArray, sampling: SamplingConfig) -> Shown:
         """Let the world do a step; its position is the caller's to fill in."""
@@ -350,15 +365,15 @@ class PlaySession:
         self._shown = replace(shown, companion_THWC=companion_THWC)
         return self._shown
 
-    def _beside(self, move: Callable[["Companion"], Frames | None]) -> Frames | None:
-        """Move what runs beside, before the world moves: if that fails, it alone is lost."""
-        if self._companion is None:
-            return None
+    @contextmanager
+    def _beside(self, move: Callable[["Companion"], Frames | None]) -> Iterator[Frames | None]:
+        """Move what runs beside, then the world; if either fails, what runs beside is let go."""
         try:
-            return move(self._companion)
+            yield None if self._companion is None else move(self._companion)
         except BaseException:
-            self._companion.close()
-            self._companion = None
+            if self._companion is not None:
+                self._companion.close()
+                self._companion = None
             raise
 
     def _follow(self, companion: "Companion", position: int) -> Frames | None:
