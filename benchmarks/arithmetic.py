@@ -31,7 +31,7 @@ from loader import write_corpus
 from report import Report, arguments, spread
 from torch import Tensor, nn
 from turns import Times, ratios, take_turns, timed
-from updates import Run, about, in_both_types, type_name, updates_from_disk
+from updates import Run, about, asked_of, in_both_types, type_name, updates_from_disk
 from worldloom.dynamics import DynamicsConfig, DynamicsModel
 from worldloom.dynamics.onednn import DifferentiableProduct
 from worldloom.pipelines.settings import preset_path, read_settings, stage_config
@@ -187,15 +187,7 @@ def main() -> None:
     """Measure, print."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3, help="updates in a round of `limit`")
-    parser.add_argument("--warm", type=int, default=3, help="steps that do not count")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and windows")
-    asked = parser.parse_args()
-    if asked.quick:
-        asked.rounds, asked.steps, asked.warm = 1, 1, 1
-    torch.set_num_threads(asked.threads)
+    asked = asked_of(parser)
     report = Report("arithmetic", quick=asked.quick, packages=("x-transformers", "accelerate"))
     for name in asked.only:
         TABLES[name](report, asked)

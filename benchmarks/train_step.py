@@ -53,6 +53,7 @@ from updates import (
     Run,
     Updates,
     about,
+    asked_of,
     in_both_types,
     num_parameters,
     type_name,
@@ -339,15 +340,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(TABLES),
                         help="all; of a --quick run all that need no network")  # fmt: skip
     parser.add_argument("--peer", type=Path, metavar="FOLDER", help="keep genie2-pytorch there")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3, help="of every contender in a round")
-    parser.add_argument("--warm", type=int, default=3, help="steps that do not count")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and windows")
-    asked = parser.parse_args()
-    if asked.quick:
-        asked.rounds, asked.steps, asked.warm = 1, 1, 1
-    torch.set_num_threads(asked.threads)
+    asked = asked_of(parser)
     packages = ("x-transformers", "accelerate", "vector-quantize-pytorch")
     report = Report("train_step", quick=asked.quick, packages=packages)
     local = [name for name in TABLES if name not in ("genie2", "muon")]

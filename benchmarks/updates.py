@@ -3,11 +3,13 @@
 model, windows from shards on disk or held in memory  ->  Updates: a round of them, timed
 """
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from report import Report
 from torch import nn
@@ -73,6 +75,20 @@ def updates_from_disk(
 def num_parameters(model: nn.Module) -> int:
     """Count what is learned."""
     return sum(p.numel() for p in model.parameters())
+
+
+def asked_of(parser: ArgumentParser, /) -> Namespace:
+    """Return what is asked for, and how often all is timed; torch has its threads from here on."""
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=3, help="of every contender in a round")
+    parser.add_argument("--warm", type=int, default=3, help="steps that do not count")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and windows")
+    asked = parser.parse_args()
+    if asked.quick:
+        asked.rounds, asked.steps, asked.warm = 1, 1, 1
+    torch.set_num_threads(asked.threads)
+    return asked
 
 
 def about(asked: Any) -> dict[str, Any]:
