@@ -209,8 +209,8 @@ class Rollout:
     def restore(self, snapshot: Snapshot, /) -> None:
         """Go back to a snapshot of this rollout, or of another of as many worlds of its model.
 
-        Its seeds come with it. `sampling` stays as it is now; the decoder goes on as it was then, if
-        it is the same one.
+        Its seeds come with it. `sampling` stays as it is now; the decoder goes on as it was then,
+        if it is the same one.
 
         Raises:
             ShapeError: if the snapshot has another number of worlds, or is of another model.
