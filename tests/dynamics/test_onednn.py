@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from worldloom.dynamics import DynamicsModel, linear
 from worldloom.dynamics.linear import Linear
-from worldloom.dynamics.onednn import DifferentiableProduct, works
+from worldloom.dynamics.onednn import DifferentiableProduct, outdoes_torch, works
 
 WIDE, LONG = 640, 512  # enough weights to pay
 
@@ -18,8 +18,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many products are learned by oneDNN."""
+    """How many products are learned by oneDNN, which is taken to be the faster one here."""
     calls = []
+    monkeypatch.setattr(linear, "outdoes_torch", lambda: True)
 
     class Counted:
         def apply(*inputs):
@@ -203,6 +204,30 @@ def test_all_else_is_torch_s_affair(calls):
     with pytest.raises(RuntimeError, match="at least 1D"):
         layer(torch.randn(()))
     assert not calls
+
+
+@pytest.mark.parametrize(
+    ("processor", "mkl", "onednn"),
+    [
+        ({"cpu_name": "AMD Zen 4"}, True, True),
+        ({"cpu_name": "Intel Xeon"}, True, False),
+        ({"cpu_name": ""}, True, False),
+        ({}, True, False),
+        ({"cpu_name": "AMD Zen 4"}, False, False),
+        (None, True, False),  # a torch that cannot tell
+    ],
+)
+def test_training_multiplies_by_torch_where_that_is_faster(
+    monkeypatch, calls, processor, mkl, onednn
+):
+    if processor is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(linear, "outdoes_torch", outdoes_torch.__wrapped__)
+    Linear(WIDE, LONG)(torch.randn(2, WIDE))
+    assert bool(calls) == onednn
 
 
 @pytest.mark.parametrize("options", ["defaults", *OPTIONS])

@@ -2,7 +2,7 @@
 
     tokens_..I  ->  tokens_..O
 
-On a CPU larger products go through oneDNN (onednn.py), where that is faster than torch's own.
+On a CPU larger products go through oneDNN (onednn.py) where that is faster than torch's own.
 
 What bounds a frame's forward on a CPU is how fast its weights are read: there are few tokens. torch
 multiplies by weights as they lie, a fraction as fast as memory allows. A copy in blocks of oneDNN's
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .onednn import DifferentiableProduct, lay_out, product, works
+from .onednn import DifferentiableProduct, lay_out, outdoes_torch, product, works
 
 _PACKED_FROM = 1 << 18
 """Fewest weights: below, calling oneDNN takes as long as it saves for a token or a few."""
@@ -162,5 +162,6 @@ def _learns_faster(weight: Tensor) -> bool:
         and weight.dtype == torch.float32  # torch gives bf16 to oneDNN by itself
         and weight.device.type == "cpu"
         and type(weight) in (nn.Parameter, Tensor)  # not a share of one
+        and outdoes_torch()
         and works(torch.float32)
     )

@@ -2,11 +2,14 @@
 
     tokens_..I, weight_OI, bias_O  ->  tokens_..O
 
-torch itself multiplies float32 by MKL, which on some processors takes up to half as long again
-for the products of a training step (benchmarks/arithmetic.py --only products). The operators are
-torch's own, but not promised to anybody: ask `works` first.
+torch itself multiplies float32 by MKL, which for the products of a training step takes up to half
+as long again on an AMD EPYC, and less on an Intel Xeon (benchmarks/arithmetic.py --only products):
+so `outdoes_torch`. Weights laid out once for many forwards are read faster on both. The operators
+are torch's own, but not promised to anybody: ask `works` first.
 """
 
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,6 +44,19 @@ def works(dtype: torch.dtype, /) -> bool:
         return False
     _known_to_work.add(dtype)
     return True
+
+
+@cache
+def outdoes_torch() -> bool:
+    """Tell whether oneDNN is faster than torch at a training's products, in float32.
+
+    torch's MKL is Intel's, and on its own processors the faster one (docs/performance.md). Where
+    torch has no MKL, or cannot tell the processor, it was not measured.
+    """
+    ask: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    maker = str(ask().get("cpu_name", "")).split(" ")[0]
+    has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return has_mkl and maker not in ("", "Intel")
 
 
 def lay_out(weight_OI: Tensor, /) -> Tensor:

@@ -6,7 +6,7 @@
 `Sharded` (sharding.py) deals them out. The learner (learner.py) knows only what is here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -75,7 +75,7 @@ class Replicated:
     def clip(self, most: float, /) -> Tensor:
         """Scale the gradients down to a norm of `most`; return the norm that they had."""
         parameters = [p for p in self._dynamics.parameters() if p.grad is not None]
-        norm: Tensor = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = _norm([p.grad for p in parameters if p.grad is not None])
         if not norm <= most:  # a norm that is no number, too, goes where it always went
             nn.utils.clip_grads_with_norm_(parameters, most, norm)
         return norm
@@ -102,3 +102,15 @@ class Replicated:
         # Layers are compiled for training's one shape; a rollout has others at every frame.
         with torch.compiler.set_stance("force_eager"):
             yield self._dynamics.eval() if average is None else average.of(self._dynamics)
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all gradients as one vector.
+
+    On a CPU by dot products: torch's own norm reads memory at half its speed, and adds up so many
+    squares in one place that for 50 million numbers it is 5e-4 short (docs/log.md).
+    """
+    if any(gradient.device.type != "cpu" for gradient in gradients):
+        return nn.utils.get_total_norm(gradients)
+    vectors = [gradient.reshape(-1) for gradient in gradients]
+    return torch.stack([torch.dot(vector, vector) for vector in vectors]).sum().sqrt()
