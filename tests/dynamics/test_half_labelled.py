@@ -20,6 +20,7 @@ from worldloom.dynamics import (
 )
 from worldloom.dynamics.loading import TrainingData
 from worldloom.dynamics.losses import cross_entropy
+from worldloom.dynamics.validation import validate_all
 
 LENGTHS = (9, 6, 12, 3, 8, 2, 10, 7)
 SILENT = (1, 2, 3, 6)
@@ -171,6 +172,20 @@ def test_where_all_actions_are_known_or_none_the_numbers_are_told_once(tmp_path,
         assert scores.keys() == {
             "validation_loss", "validation_accuracy", "free_running_accuracy", "copy_accuracy"
         }  # fmt: skip
+
+
+def test_of_several_folders_windows_with_actions_are_those_of_all(tmp_path, mover_shards):
+    model = make_model(mover_shards.codes, mover_shards.actions)
+    folders = [mover_shards, silent_video(tmp_path / "video"), mover_shards]
+    data = TrainingData.open(folders, window_frames=4, weights=[1, 5, 2])
+    scores = validate_all(model, data, seed=0, num_windows=24)
+    for name in ("free_running_accuracy", "copy_accuracy"):
+        each = [scores[f"{name}_set{number}"] for number in range(3)]
+        assert scores[f"{name}_with_actions"] == pytest.approx((each[0] + 2 * each[2]) / 3)
+        assert scores[name] == pytest.approx((each[0] + 5 * each[1] + 2 * each[2]) / 8)
+    alike = TrainingData.open([mover_shards, mover_shards], window_frames=4, weights=[1, 2])
+    told = validate_all(model, alike, seed=0, num_windows=8)
+    assert not any("with_actions" in name for name in told)
 
 
 def test_an_action_head_is_judged_by_the_actions_that_are_known(shards):

@@ -140,6 +140,18 @@ def test_the_last_windows_mask_is_kept_and_no_other():
     assert [block.mask_LM.shape for block in sight.blocks] == [(3 * 12, 5 + 3 * 12)]
 
 
+def test_parts_of_two_sizes_share_what_is_kept():
+    """A batch of 7 in parts of 5 and then 2, update after update."""
+    layout = make_model().layout
+    (turn_5, sight), (turn_2, same) = layout.window(4, 5), layout.window(4, 2)
+    assert same is sight
+    assert layout.window(4, 5)[0] is turn_5
+    assert layout.window(4, 2)[0] is turn_2
+    layout.window(4, 3)
+    assert layout.window(4, 5)[0] is not turn_5  # of more sizes the last two stay
+    assert layout.window(5, 5)[1] is not sight
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("num_meta_tokens", [0, 4])
 def test_long_windows_are_looked_at_in_blocks_and_that_changes_nothing(

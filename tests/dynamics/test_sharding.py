@@ -1,7 +1,7 @@
 """Promises of sharding.py: dealt-out weights train what whole ones do, and take half the memory.
 
-Two processes under torchrun, on gloo. `python test_sharding.py bytes` is what they run that say how
-much they hold.
+Two processes under torchrun, on gloo. `python test_sharding.py bytes` and `losses` are what they
+run that say how much they hold, and what they compute.
 """
 
 import json
@@ -36,6 +36,9 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
             "head": "distance",
         },
         "training": DEALT,
+    },
+    "no meta tokens, an action head that learns nothing": {
+        "model": {**MODEL, "num_meta_tokens": 0}, "training": {**DEALT, "action_weight": 0.0},
     },
 }  # fmt: skip
 
@@ -72,7 +75,7 @@ def test_two_processes_with_half_the_weights_train_what_one_with_all_trains(
                 # Adam divides by what is nearly 0, and so enlarges a rounding: most of all in the
                 # shares of streams, whose gradients are about 0 as long as all streams are alike.
                 most = 1e-3 if key.endswith(".share") else 5e-5
-                assert (tensor - other).abs().max() < most, (group, key)
+                assert torch.allclose(tensor, other, rtol=0, atol=most), (group, key)
 
 
 @pytest.mark.slow
@@ -125,16 +128,29 @@ def test_whole_weights_go_on_with_what_dealt_out_ones_began_and_the_reverse(
     assert DynamicsModel.from_pretrained(run / "model").config == tiny(**model)
 
 
-@pytest.mark.slow
-def test_each_process_holds_half_of_the_bytes_and_the_layers_only_while_they_run():
+def told_by_two(what: str) -> list[dict[str, object]]:
+    """What two processes that run this file say."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc_per_node=2", __file__, "bytes"]  # fmt: skip
+               "--nproc_per_node=2", __file__, what]  # fmt: skip
     done = subprocess.run(
         command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(told) == 2
+    return told
+
+
+@pytest.mark.slow
+def test_layers_gathered_whole_in_bfloat16_learn_with_several_streams():
+    """As they are where they are compiled, which is on CUDA only."""
+    for one in told_by_two("losses"):
+        assert one["whole_layers"] == pytest.approx(one["plain"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_each_process_holds_half_of_the_bytes_and_the_layers_only_while_they_run():
+    told = told_by_two("bytes")
     for kind in ("parameters", "gradients"):
         for one in told:
             # A vector is dealt out too; what has a single row lies in one process alone.
@@ -169,6 +185,24 @@ def say_bytes() -> None:
     sys.stdout.write(json.dumps(told) + "\n")
 
 
+def say_losses() -> None:
+    """Print the loss in bf16 with layers gathered whole, and with nothing dealt out."""
+    accelerator = Accelerator(cpu=True)
+    dynamics = make_model(residual_streams=2).requires_grad_(requires_grad=True).train()
+    objective = Objective(dynamics, z_loss=False, bf16=True)
+    codes_Bthw = random_codes(dynamics, 3)
+    batch = WindowBatch(
+        codes_Bthw=codes_Bthw,
+        slots_BTA=random_slots(dynamics, 3),
+        valid_Bt=torch.ones(codes_Bthw.shape[:2], dtype=torch.bool),
+    )
+    plain = objective(batch, batch).code_nats.item()
+    place = Sharded(objective, accelerator, whole_layers=True)
+    nats = place.objective(batch, batch).code_nats
+    nats.backward()
+    sys.stdout.write(json.dumps({"plain": plain, "whole_layers": nats.item()}) + "\n")
+
+
 def _bytes(tensors: object) -> int:
     return sum(_own(tensor).nbytes for tensor in tensors)  # type: ignore[attr-defined]
 
@@ -180,4 +214,6 @@ def _own(tensor: Tensor) -> Tensor:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
     torch.set_num_threads(1)
-    say_bytes()
+    {"bytes": say_bytes, "losses": say_losses}[sys.argv[1]]()
+    torch.distributed.barrier()  # or one would leave while the other still hears from it
+    torch.distributed.destroy_process_group()

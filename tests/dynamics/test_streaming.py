@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from itertools import count, pairwise
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -307,6 +309,40 @@ def test_resuming_a_stream_changes_nothing_to_the_last_bit(streamed, walks, tmp_
     run = rewind(streamed, tmp_path / "run")
     train(walks.folder, run, stream=from_pipe(walks))
     assert "from update 3" in (run / "log.txt").read_text()
+    assert_equal_runs(streamed, run)
+
+
+def test_a_training_whose_stream_is_stuck_saves_when_it_is_asked_to_stop(
+    streamed, walks, tmp_path, monkeypatch
+):
+    run = rewind(streamed, tmp_path / "run")
+    waits, ended = Event(), Event()
+    true_wait = Ahead.wait
+
+    def wait(self, **how):
+        waits.set()
+        return true_wait(self, **how)
+
+    def ask():
+        waits.wait(60)
+        while not ended.wait(0.5):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Ahead, "wait", wait)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    asking = Thread(target=ask)
+    asking.start()
+    stuck = StreamConfig(url="pipe:exec sleep 1000; {file}", lanes=2, buffer_windows=6)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            train(walks.folder, run, stream=stuck)
+    finally:
+        ended.set()
+        asking.join()
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 143
+    assert "stopped at update 3" in (run / "log.txt").read_text()
+    train(walks.folder, run, stream=from_pipe(walks))
     assert_equal_runs(streamed, run)
 
 

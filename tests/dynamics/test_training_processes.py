@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
     "the defaults": {},
     "AdamW in micro-batches": {"training": {"optimizer": "adamw", "micro_windows": 1}},
     "everything": {"model": MODEL, "training": {**EVERYTHING, "micro_windows": 1}},
+    "an action head that learns nothing": {"model": MODEL, "training": {"action_weight": 0.0}},
 }
 
 

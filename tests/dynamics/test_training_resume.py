@@ -1,11 +1,13 @@
 """Promises of the training with every option on: it resumes to the last bit, survives kills."""
 
+import gc
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,8 @@ from dynamics.toys import TRAINING, tiny, train
 from dynamics.training_options import MODEL, half_labelled_walks
 from dynamics.training_options import TRAINING as EVERYTHING
 from worldloom.common import MismatchError, load_model, newest_checkpoint, read_metrics
-from worldloom.dynamics import DynamicsModel
+from worldloom.dynamics import DynamicsModel, training
+from worldloom.dynamics.learner import Learner
 
 HERE = Path(__file__).parent
 
@@ -91,7 +94,11 @@ def test_the_averaged_weights_are_what_is_validated_drawn_and_kept(shards, tmp_p
 
 def test_what_only_says_how_it_is_computed_may_change_on_the_way(finished, shards, tmp_path):
     run = rewind(finished, tmp_path / "run")
-    train_with_everything(shards, run, micro_windows=0, recompute=False)
+    watched = {"log_every": 2, "validate_every": 2, "checkpoint_every": 1}
+    train_with_everything(shards, run, micro_windows=0, recompute=False, **watched)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+        "step-00000005", "step-00000006"
+    }  # fmt: skip
     one, other = (
         {n: load_model(r / "model", kind="dynamics")[1][n] for n in ("head.to_logits.weight",)}
         for r in (finished, run)
@@ -117,13 +124,87 @@ def test_a_run_does_not_go_on_with_another(finished, shards, tmp_path, name, val
 def test_what_was_found_to_fit_is_kept_for_the_rest_of_the_run(finished, shards, tmp_path):
     run = tmp_path / "run"
     train_with_everything(shards, run, micro_windows=-1)
-    assert newest_checkpoint(run)[0].state["micro_windows"] == TRAINING.batch_windows
+    assert newest_checkpoint(run)[0].state["fits"]["windows"] == TRAINING.batch_windows
     said = (run / "log.txt").read_text()
     assert said.count("4 windows fit into a process at once") == 1
     rewound = rewind(run, tmp_path / "rewound")
     train_with_everything(shards, rewound, micro_windows=-1)
     assert (rewound / "log.txt").read_text().count("windows fit into a process at once") == 1
     assert_equal_runs(run, rewound)
+
+
+@pytest.mark.parametrize("before", [{"micro_windows": 0}, {"micro_windows": 3}, {}])
+def test_what_nobody_found_or_found_for_something_else_is_looked_for(shards, tmp_path, before):
+    run = tmp_path / "run"
+    train_with_everything(shards, run, **{"micro_windows": -1, "recompute": False, **before})
+    train_with_everything(shards, rewind(run, tmp_path / "again"), micro_windows=-1, recompute=True)
+    last = (tmp_path / "again" / "log.txt").read_text().split("from update 3")[1]
+    assert "4 windows fit into a process at once" in last
+
+
+def test_what_was_read_of_a_checkpoint_is_let_go_of(finished, shards, tmp_path, monkeypatch):
+    kept = []
+
+    def read(run):
+        checkpoint, remarks = newest_checkpoint(run)
+        kept.extend(weakref.ref(tensor) for tensor in checkpoint.tensors["model"].values())
+        return checkpoint, remarks
+
+    def look(_model, _step):
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in kept))
+
+    alive: list[int] = []
+    monkeypatch.setattr(training, "newest_checkpoint", read)
+    train_with_everything(shards, rewind(finished, tmp_path / "run"), on_validation=look)
+    assert len(kept) > 20
+    assert alive == [0]
+
+
+def test_who_asks_to_stop_has_the_checkpoint_before_a_validation_begins(
+    shards, tmp_path, monkeypatch
+):
+    run, seen, true_apply = tmp_path / "run", [], Learner.apply
+
+    def apply(self):
+        if self.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return true_apply(self)
+
+    def look(_model, step):
+        steps = [path.name for path in (run / "checkpoints").glob("step-*")]
+        seen.append((step, f"step-{step:08d}" in steps))
+
+    monkeypatch.setattr(Learner, "apply", apply)
+    with pytest.raises(SystemExit) as ended:
+        train(shards.folder, run, validate_every=1, checkpoint_every=6, on_validation=look)
+    assert ended.value.code == 143
+    assert seen == [(1, False), (2, True)]
+
+
+def test_who_asks_to_stop_during_a_validation_waits_for_no_further_update(shards, tmp_path):
+    def look(_model, _step):
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        train(shards.folder, tmp_path / "run", validate_every=2, on_validation=look)
+    assert newest_checkpoint(tmp_path / "run")[0].step == 2
+
+
+def test_validation_computes_no_more_windows_at_once_than_training(shards, tmp_path, monkeypatch):
+    sizes, tokens = set(), DynamicsModel.tokens
+
+    def counted(self, codes_Bthw, *args, **kwargs):
+        if not self.training:
+            sizes.add(len(codes_Bthw))
+        return tokens(self, codes_Bthw, *args, **kwargs)
+
+    monkeypatch.setattr(DynamicsModel, "tokens", counted)
+    for micro_windows, most in ((3, 3), (-1, 4), (0, 16)):
+        sizes.clear()
+        run = tmp_path / str(micro_windows)
+        train(shards.folder, run, num_steps=1, micro_windows=micro_windows)
+        assert max(sizes) == most
 
 
 def test_settings_that_do_nothing_here_are_named(shards, tmp_path):

@@ -217,6 +217,19 @@ def test_only_windows_without_known_actions_still_train(tmp_path):
     assert all("action_loss" not in row and math.isfinite(row.get("loss", 0)) for row in rows)
 
 
+def test_what_an_environment_says_of_accumulation_changes_no_gradient(
+    shards, accelerator, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    told = Accelerator(cpu=True)
+    assert told.gradient_accumulation_steps == 4
+    norms = [
+        make_learner(shards, which).gradients(*windows(shards)).gradient_norm
+        for which in (accelerator, told)
+    ]
+    assert norms[0] == norms[1]
+
+
 def test_gradients_are_clipped_to_the_setting_and_not_at_zero(shards, accelerator):
     norms = {}
     for clip in (0.0, 0.01, 1e6):

@@ -48,3 +48,5 @@ if __name__ == "__main__":
         model=tiny(**settings.get("model", {})),
         **settings.get("training", {}),
     )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

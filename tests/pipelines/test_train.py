@@ -305,6 +305,26 @@ def test_the_same_command_under_torchrun_trains_in_two_processes(lines, tmp_path
     assert load_tokenizer(tmp_path / "run" / "model").spec.height == 16
 
 
+@pytest.mark.slow
+def test_of_two_processes_that_train_the_dynamics_one_draws_and_says_so(lines, inputs, tmp_path):
+    words = (*lines["train-dynamics"], "--tokenizer", inputs / "tokenizer", "--output", tmp_path)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            "-m", "worldloom.pipelines", *map(str, words),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 process(es) on cpu" in (tmp_path / "log.txt").read_text()
+    assert done.stdout.splitlines() == [str(tmp_path / "model")]
+    assert done.stderr.count("wrote ") == 1
+    assert list((tmp_path / "samples").iterdir())
+
+
 def test_another_tokenizer_draws_no_pictures_of_these_shards(commands, lines, tmp_path):
     other = save_tokenizer(tmp_path / "other", seed=5)
     words = (*lines["train-dynamics"], "--tokenizer", other, "--output", tmp_path / "run")

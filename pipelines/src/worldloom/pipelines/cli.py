@@ -71,10 +71,18 @@ def _run(words: Sequence[str]) -> int:
     with _reader_may_leave():
         config = parse(cls, words[1:], command=command.name)
     result = function(config)
+    _leave_group()
     if result is not None:
         _print(f"{result}\n")
     # A result that is a judgement on this machine (doctor's) says itself how the command ends.
     return int(getattr(result, "exit_code", 0))
+
+
+def _leave_group() -> None:
+    """Part from the other processes of a training; unparted, one now and then aborts as it ends."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _print(text: str) -> None:

@@ -9,6 +9,7 @@ folders are mixed: `--shards A B --weights 3 1`. Tars that are elsewhere come as
 several processes: `torchrun --nproc_per_node 2 -m worldloom.pipelines train-dynamics ...`.
 """
 
+import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,8 +73,8 @@ class TrainDynamicsConfig:
         )
 
 
-def train_dynamics(config: TrainDynamicsConfig) -> "Path | DynamicsDryRun":
-    """Train the dynamics; return the model directory."""
+def train_dynamics(config: TrainDynamicsConfig) -> "Path | DynamicsDryRun | None":
+    """Train the dynamics; return the model directory, or None in all processes but the main one."""
     stream = config.streaming
     shards = [TokenShards(path, tars_elsewhere=stream is not None) for path in config.shards]
     # Here and not above: `worldloom train-dynamics --help` must not wait for torch.
@@ -86,8 +87,9 @@ def train_dynamics(config: TrainDynamicsConfig) -> "Path | DynamicsDryRun":
         return dry_run(shards, model=config.model, training=config.training, cpu=config.cpu)
     if stream is not None and stream.url.startswith("pipe:"):
         say(f"--stream runs a command in your shell for every shard: {stream.url[5:]}")
-    draw = None
-    if config.tokenizer is not None:
+    # Of several processes only the main one draws and says what came of it.
+    draw, is_main = None, os.environ.get("RANK", "0") == "0"
+    if config.tokenizer is not None and is_main:
         from .dynamics_pictures import painter
 
         draw = painter(
@@ -108,6 +110,8 @@ def train_dynamics(config: TrainDynamicsConfig) -> "Path | DynamicsDryRun":
         cpu=config.cpu,
         on_validation=draw,
     )
+    if not is_main:
+        return None
     pictures = "" if draw is None else f"; look at the pictures in {config.output / 'samples'}"
     say(f"wrote {model}{pictures}")
     first = config.shards[0]

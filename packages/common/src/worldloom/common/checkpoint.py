@@ -13,8 +13,9 @@ safetensors refuses torn files but loads a flipped payload bit; hence SHA-256 of
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,10 @@ class Checkpoint:
     """JSON values: positions, schedules, seeds."""
 
 
-def _write_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    """Write files into a temporary folder; return the size and hash of each."""
+def _write_files(folder: Path, files: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, Any]]:
+    """Write files into a temporary folder, one by one; return the size and hash of each."""
     table = {}
-    for name, content in files.items():
+    for name, content in files:
         with storage_errors(folder / name, size_bytes=len(content)):
             (folder / name).write_bytes(content)
         failpoint("checkpoint-file")
@@ -115,8 +116,10 @@ def save_checkpoint(
     folder = checkpoints / f"step-{step:08d}"
     remove_leftovers(checkpoints)
     with atomic_folder(folder) as temporary:
-        files = {f"{name}.safetensors": save(_plain(group)) for name, group in tensors.items()}
-        table = _write_files(temporary, {**files, "state.json": to_json(state).encode()})
+        # Only one is in memory at a time.
+        files = ((f"{name}.safetensors", save(_plain(group))) for name, group in tensors.items())
+        described = [("state.json", to_json(state).encode())]
+        table = _write_files(temporary, chain(files, described))
         manifest = {"schema": CHECKPOINT_SCHEMA, "step": step, "files": table}
         (temporary / "manifest.json").write_bytes(_sealed(manifest))
     failpoint("checkpoint-latest")
@@ -192,7 +195,7 @@ def save_model(
         StorageError: if the disk refuses; an older model stays as it was.
     """
     with atomic_folder(folder) as temporary:
-        table = _write_files(temporary, {"model.safetensors": save(_plain(weights))})
+        table = _write_files(temporary, [("model.safetensors", save(_plain(weights)))])
         content = {"schema": MODEL_SCHEMA, "kind": kind, "config": config, "files": table}
         (temporary / "config.json").write_bytes(_sealed(content))
         (temporary / "README.md").write_bytes(card.encode())

@@ -47,8 +47,13 @@ class HyperConnection(nn.Module):
     def forward(self, tokens_BLsD: Tensor, branch: Callable[[Tensor], Tensor], /) -> Tensor:
         """Return the streams after a branch that takes and gives tokens_BLD."""
         with torch.autocast(tokens_BLsD.device.type, enabled=False):
-            moved = torch.tanh(self.norm(tokens_BLsD) @ self.share_of_token) * self.scale
-            shares_BLst = self.share.view(self.num_streams, -1) + moved
+            # Of weights that are dealt out, layers may be gathered in bf16.
+            share, share_of_token, scale = (
+                weight.to(tokens_BLsD.dtype)
+                for weight in (self.share, self.share_of_token, self.scale)
+            )
+            moved = torch.tanh(self.norm(tokens_BLsD) @ share_of_token) * scale
+            shares_BLst = share.view(self.num_streams, -1) + moved
             # (1 + s, s) @ (s, D): the branch's sum first, then those of the streams.
             mixed_BLtD = shares_BLst[..., :-1].transpose(-1, -2) @ tokens_BLsD
         added_BLD = branch(mixed_BLtD[..., 0, :])

@@ -47,7 +47,8 @@ class Layout(nn.Module):
         self.space_sin: Tensor
         self.own_TT: Tensor
         self._sees_whole_frame = bool(own_TT.all())
-        self._kept: tuple[tuple[int, int, bool, torch.device], tuple[Rotation, Sight]] | None = None
+        self._kept: tuple[tuple[int, bool, torch.device], tuple[Rotation, Sight]] | None = None
+        self._kept_turns: dict[int, Rotation] = {}
 
     @property
     def device(self) -> torch.device:
@@ -62,14 +63,18 @@ class Layout(nn.Module):
             batch: how many windows.
             twice: whether each has tokens that refine its frames behind those that do not.
         """
-        key = (frames, batch, twice, self.device)
-        if self._kept is None or self._kept[0] != key:
-            # Made while generating, they may be needed for training: not as inference tensors.
-            with torch.inference_mode(mode=False):
-                turn, sight = self._make_window(frames, twice)
-                turn = turn.packed(batch, num_meta=self.num_meta)
-                self._kept = (key, (turn, sight))
-        return self._kept[1]
+        key = (frames, twice, self.device)
+        # Made while generating, they may be needed for training: not as inference tensors.
+        with torch.inference_mode(mode=False):
+            if self._kept is None or self._kept[0] != key:
+                self._kept = (key, self._make_window(frames, twice))
+                self._kept_turns = {}
+            turn, sight = self._kept[1]
+            if batch not in self._kept_turns:
+                # A batch is cut into parts of one size, and perhaps a smaller one.
+                self._kept_turns = dict([*self._kept_turns.items()][-1:])
+                self._kept_turns[batch] = turn.packed(batch, num_meta=self.num_meta)
+        return self._kept_turns[batch], sight
 
     def meta(self) -> Rotation:
         """Return the rotation of the meta tokens alone."""

@@ -91,11 +91,14 @@ class Learner:
         """Updates done."""
         self.micro_windows = training.micro_windows
         """Windows computed at once, 0 for all; -1 as long as it is to be found."""
-        state = {} if checkpoint is None else checkpoint.state
-        if self.micro_windows < 0 and state.get("num_processes") == accelerator.num_processes:
-            self.micro_windows = state.get("micro_windows", -1)
         self._training = training
         self._accelerator = accelerator
+        found = None if checkpoint is None else checkpoint.state.get("fits")
+        if self.micro_windows < 0 and found == self._fitting(found):
+            self.micro_windows = found["windows"]
+        if dynamics.action_head is not None:
+            # Of what gets no gradient, processes would wait for one.
+            dynamics.action_head.requires_grad_(training.action_weight > 0)
         dynamics.transformer.recompute = training.recompute
         if training.compile and accelerator.device.type == "cuda":
             for layer in dynamics.transformer.layers:
@@ -125,6 +128,28 @@ class Learner:
                 self.step, warmup_steps=training.warmup_steps, num_steps=training.num_steps
             )
         return training.learning_rate * factor
+
+    @property
+    def fits(self) -> dict[str, Any] | None:
+        """What was found to fit into memory, and into which; None where nobody looked for it."""
+        if self._training.micro_windows >= 0 or self.micro_windows < 0:
+            return None
+        return self._fitting({"windows": self.micro_windows})
+
+    def _fitting(self, found: Any) -> dict[str, Any]:
+        """Return what was found, with all that it depends on as it is now."""
+        device = self._accelerator.device
+        memory = None
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+        return {
+            "windows": found.get("windows") if isinstance(found, dict) else None,
+            "processes": self._accelerator.num_processes,
+            "device": device.type,
+            "memory_bytes": memory,
+            "recompute": self._training.recompute,
+            "compile": self._training.compile,
+        }
 
     def gradients(self, batch: WindowBatch, fed: WindowBatch, /) -> Update:
         """Compute the next update from this process's windows.
@@ -156,8 +181,9 @@ class Learner:
         loss = mean_loss(
             losses, counts, action_weight=training.action_weight, z_loss=training.z_loss
         )
-        # Gradients are averaged over the processes, but the counts are those of all.
-        self._accelerator.backward(loss * self._accelerator.num_processes)
+        # Gradients are averaged over the processes, but the counts are those of all. Accelerate's
+        # own backward would divide by what an environment says of accumulation.
+        (loss * self._accelerator.num_processes).backward()
         return losses
 
     def find_micro_windows(self, batch: WindowBatch, fed: WindowBatch, /) -> None:
@@ -243,7 +269,8 @@ def _place(
         return Replicated(objective, accelerator)
     from .sharding import Sharded  # FSDP2 takes a while to import
 
-    return Sharded(objective, accelerator, whole_layers=training.compile)
+    compiled = training.compile and accelerator.device.type == "cuda"
+    return Sharded(objective, accelerator, whole_layers=compiled)
 
 
 def _optimizer(dynamics: DynamicsModel, training: DynamicsTrainingConfig) -> torch.optim.Optimizer:

@@ -22,6 +22,7 @@ from .windows import StoredWindows, Windows, WindowSource
 _CHECKED_BYTES = 1 << 26
 _CHECKED_EPISODES = 1 << 14
 """As much as is read within a second."""
+_LOOK_EVERY_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,7 @@ class Ahead:
         self._interrupt: Callable[[], None] = getattr(windows, "interrupt", lambda: None)
         self._close: Callable[[], None] = getattr(windows, "close", lambda: None)
         self._made: Queue[StoredWindows | BaseException] = Queue(maxsize=1)
+        self._next: StoredWindows | BaseException | None = None
         self._stopping = Event()
         # A daemon: a stream whose sender is stuck must not keep the process from ending.
         self._thread = Thread(target=self._run, args=(make(),), name="windows", daemon=True)
@@ -179,12 +181,21 @@ class Ahead:
         Raises:
             StopIteration: after the last.
         """
-        began = time.monotonic()
-        made = self._made.get()
-        self.waited_s += time.monotonic() - began
+        self.wait()
+        made, self._next = self._next, None
         if isinstance(made, BaseException):
             raise made
+        assert made is not None
         return made
+
+    def wait(self, *, unless: Callable[[], bool] = lambda: False) -> bool:
+        """Wait for the next batch, or until something else is so; tell whether it is there."""
+        began = time.monotonic()
+        while self._next is None and not unless():
+            with suppress(Empty):
+                self._next = self._made.get(timeout=_LOOK_EVERY_S)
+        self.waited_s += time.monotonic() - began
+        return self._next is not None
 
     def close(self) -> None:
         """Stop making batches, and let go of streams."""

@@ -21,7 +21,12 @@ class MetaTokens(nn.Module):
 
     def __init__(self, num_tokens: int, dim: int, /) -> None:
         super().__init__()
-        self.tokens_MD = nn.Parameter(torch.randn(num_tokens, dim) * STD)
+        tokens_MD = torch.randn(num_tokens, dim) * STD
+        self.tokens_MD: Tensor
+        if num_tokens:
+            self.tokens_MD = nn.Parameter(tokens_MD)
+        else:  # nothing is not a parameter: there is no share of it to deal out
+            self.register_buffer("tokens_MD", tokens_MD)
 
     def forward(self) -> Tensor:
         """Return tokens_1MD."""

@@ -11,7 +11,7 @@ the model's `forward` for good.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -117,6 +117,7 @@ def train_dynamics_model(  # noqa: PLR0913 (all but two are named by who calls)
     learner = Learner(
         dynamics.to(accelerator.device), checkpoint, training=training, accelerator=accelerator
     )
+    del checkpoint  # as large as weights and optimizer together
     # Only the main process has a log; only who has a log writes.
     log = None
     if accelerator.is_main_process:
@@ -141,6 +142,30 @@ def train_dynamics_model(  # noqa: PLR0913 (all but two are named by who calls)
             log.metrics(learner.step, **values)
             accelerator.log(values, step=learner.step)
 
+    def save() -> None:
+        """Write a checkpoint; all processes call it together."""
+        tensors = learner.tensors()
+        if log:
+            state = {
+                "settings": settings,
+                "num_processes": accelerator.num_processes,
+                "fits": learner.fits,
+            }
+            save_checkpoint(run, learner.step, tensors, state)
+
+    def leave(interrupt: Interrupt) -> NoReturn:
+        """End after a checkpoint was written; all processes call it together."""
+        if log:
+            log.say(f"stopped at update {learner.step}; the same command continues from here")
+        stop_trackers(accelerator)
+        accelerator.wait_for_everyone()
+        interrupt.leave()
+
+    def judge(judged: DynamicsModel) -> dict[str, float]:
+        """Return held-out numbers, of no more windows at once than training takes."""
+        most = min(16, learner.micro_windows if learner.micro_windows > 0 else 16)
+        return validate_all(judged, data, seed=training.seed, batch_windows=most)
+
     ahead = Ahead(
         data.windows,
         range(learner.step, training.num_steps),
@@ -153,9 +178,14 @@ def train_dynamics_model(  # noqa: PLR0913 (all but two are named by who calls)
     vocab_size = spec.tokenizer.codes.vocab_size
     scores: dict[str, float] | None = None
     throughput = Throughput()
+    alone = accelerator.num_processes == 1
     with ahead, Interrupt() as interrupt:
         while learner.step < training.num_steps:
             with throughput:
+                # Of several processes none may leave the others waiting for its share.
+                if not ahead.wait(unless=lambda: alone and interrupt.wanted):
+                    save()
+                    leave(interrupt)
                 batch = ahead.next().to(accelerator.device)
                 fed = disturb(batch, training, vocab_size=vocab_size, step=learner.step, rows=rows)
                 if dynamics.grid.refines:
@@ -170,6 +200,8 @@ def train_dynamics_model(  # noqa: PLR0913 (all but two are named by who calls)
                 learning_rate = learner.apply()
             step, last = learner.step, learner.step == training.num_steps
             stop = _anywhere(accelerator, interrupt.wanted)
+            if stop:  # before anything that may outlast the patience of who asked
+                save()
             if log and (step % training.log_every == 0 or last):
                 values = update.numbers()
                 tokens_per_s = _num_predicted(spec, training) / throughput.mean_s
@@ -188,30 +220,19 @@ def train_dynamics_model(  # noqa: PLR0913 (all but two are named by who calls)
             if step % training.validate_every == 0 or last:
                 with learner.judged() as judged:
                     if log and judged is not None:
-                        scores = validate_all(judged, data, seed=training.seed)
+                        scores = judge(judged)
                         note(scores)
                         log.say(f"held out at {step}  {format_metrics(scores)}")
                         if on_validation is not None:
                             on_validation(judged, step)
-            if step % training.checkpoint_every == 0 or last or stop:
-                tensors = learner.tensors()
-                if log:
-                    state = {
-                        "settings": settings,
-                        "num_processes": accelerator.num_processes,
-                        "micro_windows": learner.micro_windows,
-                    }
-                    save_checkpoint(run, step, tensors, state)
             if stop:
-                if log:
-                    log.say(f"stopped at update {step}; the same command continues from here")
-                stop_trackers(accelerator)
-                accelerator.wait_for_everyone()
-                interrupt.leave()
+                leave(interrupt)
+            if step % training.checkpoint_every == 0 or last:
+                save()
     with learner.judged() as judged:
         if judged is not None and log:
             if scores is None:  # a kill came between the last checkpoint and the model
-                scores = validate_all(judged, data, seed=training.seed)
+                scores = judge(judged)
             judged.eval().save(run / "model", card=model_card(judged, training, scores))
     stop_trackers(accelerator)
     accelerator.wait_for_everyone()

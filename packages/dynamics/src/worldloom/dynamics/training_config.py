@@ -18,7 +18,10 @@ Schedule = Literal["cosine", "wsd"]
 TRACKERS = ("tensorboard", "wandb", "trackio")
 """Names of the extras under which their libraries are installed."""
 
-_HOW = ("micro_windows", "recompute", "compile", "sharded", "trackers")
+_HOW = (
+    "micro_windows", "recompute", "compile", "sharded",
+    "validate_every", "checkpoint_every", "log_every", "trackers",
+)  # fmt: skip
 """Settings of how it is computed and watched: a run may go on with others."""
 
 

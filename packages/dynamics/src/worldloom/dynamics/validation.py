@@ -34,10 +34,18 @@ _LATER_FRAMES = (4, 8)
 """Generated frames that are judged besides the first."""
 _LATER_SHARE = 4
 """One window in so many is rolled out that far: a frame costs as much as the first one did."""
+_WITH_ACTIONS = "_with_actions"
+"""Behind the names of numbers of windows whose actions are known."""
 
 
 def validate_all(
-    dynamics: DynamicsModel, data: "TrainingData", /, *, seed: int, num_windows: int = 128
+    dynamics: DynamicsModel,
+    data: "TrainingData",
+    /,
+    *,
+    seed: int,
+    num_windows: int = 128,
+    batch_windows: int = 16,
 ) -> dict[str, float]:
     """Return held-out numbers of a model on all data sets that it learns from.
 
@@ -50,24 +58,27 @@ def validate_all(
         data: its data sets, and their weights.
         seed: of the choice of windows.
         num_windows: how many are looked at, over all data sets.
+        batch_windows: how many at a time; changes the memory needed, and sums by their rounding.
     """
     each = len(data.held_out)
-    found = [
-        validate(dynamics, windows, seed=seed, num_windows=-(-num_windows // each))
+    measured = [
+        _measure(dynamics, windows, seed, -(-num_windows // each), batch_windows)
         for windows in data.held_out
     ]
+    found = [_told(*one) for one in measured]
     if each == 1:
         return found[0]
-    scores: dict[str, float] = {}
-    for name in dict.fromkeys(name for numbers in found for name in numbers):
-        told = [(n[name], w) for n, w in zip(found, data.weights, strict=True) if name in n]
-        scores[name] = sum(n * w for n, w in told) / sum(w for _, w in told)
+    means: dict[str, float] = {}
+    everything = [scores for scores, _ in measured]
+    for name in dict.fromkeys(name for scores in everything for name in scores):
+        told = [(s[name], w) for s, w in zip(everything, data.weights, strict=True) if name in s]
+        means[name] = sum(n * w for n, w in told) / sum(w for _, w in told)
+    scores = _told(means, any(some_unknown for _, some_unknown in measured))
     for number, numbers in enumerate(found):
         scores |= {f"{name}_set{number}": value for name, value in numbers.items()}
     return scores
 
 
-@torch.no_grad()
 def validate(
     dynamics: DynamicsModel,
     windows: WindowSource,
@@ -95,8 +106,28 @@ def validate(
         windows: held-out windows.
         seed: of the choice of windows.
         num_windows: how many are looked at.
-        batch_windows: how many at a time; changes the memory needed, not the numbers.
+        batch_windows: how many at a time; changes the memory needed, and sums by their rounding.
     """
+    return _told(*_measure(dynamics, windows, seed, num_windows, batch_windows))
+
+
+def _told(scores: dict[str, float], some_unknown: bool) -> dict[str, float]:
+    """Return the numbers that are told: where all actions are known, those of such windows are all.
+
+    Args:
+        scores: all that were measured.
+        some_unknown: whether of some windows nobody knows the actions.
+    """
+    if some_unknown:
+        return scores
+    return {n: value for n, value in scores.items() if not n.endswith(_WITH_ACTIONS)}
+
+
+@torch.no_grad()
+def _measure(
+    dynamics: DynamicsModel, windows: WindowSource, seed: int, num_windows: int, batch_windows: int
+) -> tuple[dict[str, float], bool]:
+    """Return all numbers, and whether of some windows nobody knows the actions."""
     dynamics.eval()
     chosen = windows.batch(0, size=num_windows, seed=seed)
     sums: defaultdict[str, float] = defaultdict(float)
@@ -125,13 +156,11 @@ def validate(
     if sums["actions"]:
         scores["validation_action_loss"] = sums["action_nats"] / sums["actions"]
         scores["validation_action_accuracy"] = sums["actions_right"] / sums["actions"]
-    some_unknown = sums["compared"] > sums["compared_with_actions"]
-    for which in ("", "_with_actions", *(f"_at_{number}" for number in _LATER_FRAMES)):
-        compared = sums["compared" + which]
-        if compared and (which != "_with_actions" or some_unknown):
+    for which in ("", _WITH_ACTIONS, *(f"_at_{number}" for number in _LATER_FRAMES)):
+        if compared := sums["compared" + which]:
             scores["free_running_accuracy" + which] = sums["free" + which] / compared
             scores["copy_accuracy" + which] = sums["copied" + which] / compared
-    return scores
+    return scores, sums["compared"] > sums["compared" + _WITH_ACTIONS]
 
 
 def _each_level(logits_BfSV: Tensor, batch: WindowBatch) -> dict[str, tuple[Tensor, WindowBatch]]:
@@ -194,7 +223,7 @@ def _free_running(
             there_B = batch.valid_Bt[rows_B, frame]
             judged = {f"_at_{number}": there_B}
             if number == 1:
-                judged = {"": there_B, "_with_actions": there_B & known_B}
+                judged = {"": there_B, _WITH_ACTIONS: there_B & known_B}
             for name, judged_B in judged.items():
                 true_Bhw = codes_Bthw[judged_B, frame]
                 counts["free" + name] += _num_equal(generated_Bthw[judged_B, frame], true_Bhw)

@@ -218,8 +218,9 @@ class Learner:
             losses[name] = value
             loss = loss + weight * value
         # Accelerate averages over processes; this is a sum over them, of parts of one mean.
+        # Its own backward would divide by what an environment says of accumulation.
         scale = len(frames_BTHWC) / training.batch_clips * self._accelerator.num_processes
-        self._accelerator.backward(loss * scale)
+        (loss * scale).backward()
         losses = {"loss": loss, **losses}
         if critic is not None:
             with torch.autocast(frames_BTHWC.device.type, torch.bfloat16, enabled=training.bf16):
@@ -322,7 +323,7 @@ class _Critic:
     def learn(self, true_BCTHW: Tensor, made_BCTHW: Tensor, *, scale: float) -> Tensor:
         """Add the gradients of telling true frames from made ones; return the loss."""
         loss = hinge_loss(self._network(true_BCTHW), self._network(made_BCTHW))
-        self._accelerator.backward(loss * scale)
+        (loss * scale).backward()  # type: ignore[no-untyped-call]
         return loss
 
     def spread_gradients(self) -> Tensor:
