@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
 from pipelines.play.raw import (
     FRAME,
     connect,
@@ -22,6 +23,7 @@ from pipelines.play.raw import (
 from worldloom.common import ConfigError, FormatError
 from worldloom.dynamics import SamplingConfig
 from worldloom.pipelines.cli import main
+from worldloom.pipelines.play import command as play_command
 from worldloom.pipelines.play.command import play
 from worldloom.pipelines.play.config import PlayConfig
 from worldloom.pipelines.play.session_log import RecordedSession, Step
@@ -272,3 +274,30 @@ def test_the_help_names_the_two_ways_to_play_and_what_replays_it(capsys):
     for words in ("worldloom play runs/demo", "--terminal", "ssh -L", "worldloom replay SESSION"):
         assert words in shown
     assert "{None}" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "taken"), [((), 3), (("--threads", 1), 1), (("--terminal", "--threads", 2), 2)]
+)
+def test_a_core_is_left_to_the_browser(steer_world, tmp_path, monkeypatch, words, taken):
+    seen = []
+
+    def note(files, config, *_):
+        seen.append(torch.get_num_threads())
+
+    for name in ("_play_here", "_play_there"):
+        monkeypatch.setattr(play_command, name, note)
+    monkeypatch.setattr(play_command, "num_cores", lambda _share: 4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        main(["play", str(steer_world), "--port", "0", *map(str, words)])
+        assert torch.get_num_threads() == 8
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [taken]
+
+
+def test_threads_out_of_range_are_refused(capsys):
+    assert main(["play", "--threads", "-1"]) == 2
+    assert "--threads -1: must be in [0, 1024]" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pipelines.play.playing import (
     GUIDED,
     KINDS,
@@ -285,3 +286,19 @@ def test_info_refuses_a_forged_session_by_its_line(copied):
         file.write(b'{"event": "rewind", "position": 100}\n')
     with pytest.raises(FormatError, match=r"line \d+: position: 100"):
         describe(copied)
+
+
+def test_as_many_threads_compute_as_did(copied, monkeypatch):
+    path = copied / "session.json"
+    header = json.loads(path.read_text())
+    assert header["threads"] == torch.get_num_threads()
+    path.write_text(json.dumps({**header, "threads": 3}))
+    seen, step = set(), PlaySession.step
+
+    def counted(self, slots_rA):
+        seen.add(torch.get_num_threads())
+        return step(self, slots_rA)
+
+    monkeypatch.setattr(PlaySession, "step", counted)
+    replay(ReplayConfig(session=copied))
+    assert (seen, torch.get_num_threads()) == ({3}, header["threads"])

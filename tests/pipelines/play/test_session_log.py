@@ -294,6 +294,8 @@ def drop(name):
         (0, drop("model"), "model"),
         (0, put("model", 3), "model must be str"),
         (0, put("fps", -1.0), "fps is -1"),
+        (0, put("threads", 0), "threads is 0, must be 1 to 1024"),
+        (0, put("threads", 10**9), "threads is 1000000000, must be 1 to 1024"),
         (0, put("fps", 10**400), "fps"),
         (0, put("codes", {}), "session.json"),
         (0, put("actions", {"kind": "discrete"}), "session.json"),

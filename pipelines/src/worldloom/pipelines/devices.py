@@ -1,4 +1,7 @@
-"""A word of the person's -> a device of this machine."""
+"""Words of the person's -> a device of this machine, and how many threads compute there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from worldloom.common import ConfigError
@@ -20,3 +23,14 @@ def choose_device(name: str, /) -> str:
             f"--device {name}: not to be had here; `worldloom doctor` lists the devices there are"
         ) from error
     return name
+
+
+@contextmanager
+def computing_with(threads: int, /) -> Iterator[None]:
+    """Let torch compute with so many threads inside the block, 0 for as many as it does anyway."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

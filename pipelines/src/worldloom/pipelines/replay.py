@@ -68,6 +68,8 @@ def replay(config: ReplayConfig) -> Path:
         raise FormatError(f"{config.session}: nothing was played in this session")
     if recorded.torn:
         say(f"{config.session}: its last line is cut short, as a kill leaves it; replayed up to it")
+    from .devices import computing_with
+
     world = _world(config, recorded)
     output = config.output or config.session / "replay.mp4"
     again = _Again(world, recorded)
@@ -78,7 +80,8 @@ def replay(config: ReplayConfig) -> Path:
             for number, event in progress(recorded.events(), "replaying", total=total):
                 again.do(number, event)
 
-    write_atomic(output, write)
+    with computing_with(recorded.header.threads):
+        write_atomic(output, write)
     starts = "1 start" if again.starts == 1 else f"{again.starts} starts"
     say(f"{again.steps} steps from {starts}: the same codes again; look at {output}")
     return output

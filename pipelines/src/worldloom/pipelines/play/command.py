@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from worldloom.common import ConfigError, say
 
+from ..ranks import Share, num_cores
 from .config import PlayConfig as PlayConfig
 from .worlds import WorldFiles, find_worlds, gallery, world_files
 
@@ -46,13 +47,30 @@ def play(config: PlayConfig) -> None:
     """
     files = _files(config)
     if config.terminal:
-        _play_here(files, config)
+        from ..devices import computing_with
+
+        with computing_with(config.threads):
+            _play_here(files, config)
     else:
         _require_server()
         from .server import listen
 
         with closing(listen(config.host, config.port)) as listener:
-            _play_there(files, config, listener)
+            from ..devices import computing_with
+
+            with computing_with(config.threads or _all_but_one()):
+                _play_there(files, config, listener)
+
+
+def _all_but_one() -> int:
+    """Return how many threads leave a core to who draws the page.
+
+    Two threads on two cores wait for each other wherever the browser has one of them: the demo's
+    world made 76 frames a second so, and 140 with one thread (docs/performance.md).
+    """
+    import torch
+
+    return min(torch.get_num_threads(), max(1, num_cores(Share()) - 1))
 
 
 def _files(config: PlayConfig) -> WorldFiles:

@@ -9,6 +9,7 @@ from worldloom.common import ConfigError
 from worldloom.dynamics import SamplingConfig
 
 from .protocol import MAX_PACE, MIN_PACE
+from .session_log import MAX_THREADS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,9 @@ class PlayConfig:
     """The tokenizer that wrote that model's shards, named as `worldloom tokenize` takes it."""
     device: str = "auto"
     """Where to compute: auto (CUDA if there is one), cpu, cuda, mps."""
+    threads: int = 0
+    """Threads that compute on a CPU. 0 leaves a core to the browser, for which a world of the
+    demo's size waits longer than for a thread less; with --terminal, as many as torch takes."""
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
@@ -63,6 +67,10 @@ class PlayConfig:
         if any(part is not None for part in parts) and None in (*parts, self.start):
             raise ConfigError(
                 "play: a world in parts needs all three of --model, --tokenizer and --start"
+            )
+        if not 0 <= self.threads <= MAX_THREADS:
+            raise ConfigError(
+                f"--threads {self.threads}: must be in [0, {MAX_THREADS}]; 0 chooses by itself"
             )
         if not 0 <= self.port < 1 << 16:
             raise ConfigError(f"--port {self.port}: must be in [0, 65535]; 0 takes a free one")

@@ -44,6 +44,8 @@ _NULL = -1
 """worldloom.dynamics.NULL, which is not imported: it would bring torch."""
 _HEADER, _EVENTS = "session.json", "events.jsonl"
 _HEADER_BYTES = 1 << 20
+MAX_THREADS = 1024
+"""More than any machine has cores for; a stranger's file must not start millions."""
 _LINE_BYTES = 1 << 24
 """A prompt of hundreds of large frames fits. A stranger's line must not fill the memory."""
 
@@ -109,10 +111,19 @@ class SessionHeader:
     fps: float
     """Frames a second of the recordings; 0 where they had none."""
     device: str
+    threads: int
+    """That computed on a CPU, since others may round otherwise."""
     began: str
     """When, ISO 8601; for people."""
     versions: Mapping[str, Any]
     """Of worldloom, torch and numpy; for people who find that it does not replay."""
+
+
+def _num_threads() -> int:
+    """Return with how many torch computes now, where a world was loaded by it."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def versions() -> dict[str, str]:
@@ -155,6 +166,7 @@ class SessionLog:
                 actions=spec.actions.to_dict(),
                 fps=spec.fps or 0.0,
                 device=str(world.model.device),
+                threads=_num_threads(),
                 began=now.isoformat(timespec="seconds"),
                 versions=versions(),
             )
@@ -243,6 +255,10 @@ class RecordedSession:
         self.codes = CodeSpec.from_dict(self.header.codes, where=where)
         if not 0 <= self.header.fps <= 1e6:
             raise FormatError(f"{where}: fps is {self.header.fps}, must be 0 to 1,000,000")
+        if not 1 <= self.header.threads <= MAX_THREADS:
+            raise FormatError(
+                f"{where}: threads is {self.header.threads}, must be 1 to {MAX_THREADS}"
+            )
         self.torn = False
         """Whether the last line was cut short, as far as has been read."""
 
