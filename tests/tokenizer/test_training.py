@@ -176,10 +176,37 @@ def test_a_finished_run_is_left_as_it_is(finished, toy_episodes, tmp_path):
     assert_equal_runs(run, finished)
 
 
-def test_how_often_it_logs_and_draws_changes_no_weight(finished, toy_episodes, tmp_path):
+def test_how_often_it_logs_and_draws_changes_no_weight_and_may_change_on_the_way(
+    finished, toy_episodes, tmp_path
+):
     train(toy_episodes.folder, tmp_path / "run", log_every=4, sample_every=1, checkpoint_every=6)
-    weights = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
-    assert weights == (finished / "model" / "model.safetensors").read_bytes()
+    again = rewind(finished, tmp_path / "again")
+    train(toy_episodes.folder, again, log_every=4, sample_every=1, checkpoint_every=1)
+    assert (again / "checkpoints" / "step-00000005").exists()
+    for run in ("run", "again"):
+        weights = (tmp_path / run / "model" / "model.safetensors").read_bytes()
+        assert weights == (finished / "model" / "model.safetensors").read_bytes()
+
+
+def test_who_asks_to_stop_has_the_checkpoint_before_anything_is_drawn(
+    toy_episodes, tmp_path, monkeypatch
+):
+    run, seen, true_apply = tmp_path / "run", [], Learner.apply
+
+    def apply(self, *, step):
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        true_apply(self, step=step)
+
+    def look(_learner, _held_out, _training, _log, step):
+        seen.append((step, (run / "checkpoints" / f"step-{step:08d}").exists()))
+
+    monkeypatch.setattr(Learner, "apply", apply)
+    monkeypatch.setattr("worldloom.tokenizer.training._look", look)
+    with pytest.raises(SystemExit) as ended:
+        train(toy_episodes.folder, run, sample_every=1, checkpoint_every=6)
+    assert ended.value.code == 143
+    assert seen == [(1, False), (2, True)]
 
 
 def test_a_run_of_other_settings_is_refused_and_stays_as_it_is(finished, toy_episodes, tmp_path):

@@ -91,7 +91,7 @@ def train_conv_tokenizer(
     )
     settings = {
         "model": to_plain(model),
-        "training": to_plain(training),
+        "training": training.what(),
         "episodes": episodes.fingerprint(),
     }
     with accelerator.main_process_first():  # it may have to mend what a kill left
@@ -105,6 +105,7 @@ def train_conv_tokenizer(
     ).to(place)
     learner = Learner(tokenizer, checkpoint, training=training, accelerator=accelerator)
     step = 0 if checkpoint is None else checkpoint.step
+    del checkpoint  # as large as weights and optimizer together
     # Only the main process has a log; only who has a log writes.
     log = None
     if accelerator.is_main_process:
@@ -118,6 +119,7 @@ def train_conv_tokenizer(
         return run / "model"
     if log:
         log.say(_introduction(tokenizer, clips, accelerator, step))
+    state = {"settings": settings, "num_processes": num_ranks}
     started, start_step = time.monotonic(), step
     with Interrupt() as interrupt:
         while step < training.num_steps:
@@ -131,6 +133,8 @@ def train_conv_tokenizer(
             step += 1
             last = step == training.num_steps
             stop = _anywhere(accelerator, interrupt.wanted)
+            if log and stop:  # before anything that may outlast the patience of who asked
+                save_checkpoint(run, step, learner.tensors(), state)
             if step % training.log_every == 0 or last:
                 values = update.numbers(accelerator)
                 seconds_per_step = (time.monotonic() - started) / (step - start_step)
@@ -142,8 +146,7 @@ def train_conv_tokenizer(
                     )
             if log and (step % training.sample_every == 0 or last):
                 _look(learner, held_out, training, log, step)
-            if log and (step % training.checkpoint_every == 0 or last or stop):
-                state = {"settings": settings, "num_processes": num_ranks}
+            if log and not stop and (step % training.checkpoint_every == 0 or last):
                 save_checkpoint(run, step, learner.tensors(), state)
             if stop:
                 if log:

@@ -1,13 +1,16 @@
 """Settings of a tokenizer's training. Needs no torch, so `--help` stays instant."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from worldloom.common import ConfigError
+from worldloom.common import ConfigError, to_plain
 
 from .config import TokenizerConfig, at_least_one
 
 OptimizerName = Literal["muon", "adamw"]
+
+_WATCHED = ("checkpoint_every", "sample_every", "log_every")
+"""Settings of how it is watched: a run may go on with others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +99,10 @@ class TokenizerTrainingConfig:
     def discriminator_step(self) -> int:
         """The first update, counted from 0, in which the discriminator takes part."""
         return int(self.num_steps * self.discriminator_start)
+
+    def what(self) -> dict[str, Any]:
+        """Return the settings on which the trained weights depend: those a run must go on with."""
+        return {name: value for name, value in to_plain(self).items() if name not in _WATCHED}
 
 
 def check_fit(
