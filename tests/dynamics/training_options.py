@@ -42,11 +42,13 @@ def half_labelled_walks(folder: Path, *, episodes: int = 9) -> TokenShards:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     settings = json.loads(sys.argv[3])
-    train(
-        Path(sys.argv[1]),
-        Path(sys.argv[2]),
-        model=tiny(**settings.get("model", {})),
-        **settings.get("training", {}),
-    )
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    try:
+        train(
+            Path(sys.argv[1]),
+            Path(sys.argv[2]),
+            model=tiny(**settings.get("model", {})),
+            **settings.get("training", {}),
+        )
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -10,6 +10,7 @@ from worldloom.common import ActionSpec, TokenShards
 from worldloom.dynamics import NULL, open_held_out
 from worldloom.pipelines.dynamics_pictures import action_labels, painter
 from worldloom.pipelines.pictures import enlarge, fitting_scale
+from worldloom.tokenizer import load_tokenizer
 
 
 def picture(chain, folder, step: int) -> np.ndarray:
@@ -17,7 +18,7 @@ def picture(chain, folder, step: int) -> np.ndarray:
     draw = painter(
         [TokenShards(chain.folder / "shards")],
         folder,
-        tokenizer=str(chain.folder / "tokenizer"),
+        decoder=load_tokenizer(chain.folder / "tokenizer"),
         window_frames=8,
         seed=3,
         stream=None,
@@ -71,7 +72,7 @@ def test_several_folders_share_one_picture(tiny_chain, tmp_path, count):
     draw = painter(
         [TokenShards(tiny_chain.folder / "shards")] * count,
         tmp_path,
-        tokenizer=str(tiny_chain.folder / "tokenizer"),
+        decoder=load_tokenizer(tiny_chain.folder / "tokenizer"),
         window_frames=4,
         seed=0,
         stream=None,

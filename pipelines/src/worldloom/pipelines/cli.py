@@ -70,7 +70,11 @@ def _run(words: Sequence[str]) -> int:
 
     with _reader_may_leave():
         config = parse(cls, words[1:], command=command.name)
-    result = function(config)
+    try:
+        result = function(config)
+    except SystemExit:  # of a training that was asked to stop, and has saved
+        _leave_group()
+        raise
     _leave_group()
     if result is not None:
         _print(f"{result}\n")

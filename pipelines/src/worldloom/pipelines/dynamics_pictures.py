@@ -23,7 +23,7 @@ from worldloom.dynamics import (
     generate_codes,
     open_held_out,
 )
-from worldloom.tokenizer import load_tokenizer
+from worldloom.tokenizer import VideoTokenizer, load_tokenizer
 
 from .pictures import Strip, draw_sheet, encode_png, fitting_scale
 
@@ -40,12 +40,24 @@ class _Window:
     slots_1TA: Tensor
 
 
+def tokenizer_of(shards: Sequence[TokenShards], name: str, /) -> VideoTokenizer:
+    """Load the tokenizer that is said to be that of the shards.
+
+    Raises:
+        MismatchError: if the shards are another tokenizer's.
+    """
+    tokenizer = load_tokenizer(name)
+    for one in shards:
+        tokenizer.spec.require(one.tokenizer, here=name, there=str(one.folder))
+    return tokenizer
+
+
 def painter(  # noqa: PLR0913 - what is drawn, by what, and where to
     shards: Sequence[TokenShards],
     folder: Path,
     /,
     *,
-    tokenizer: str,
+    decoder: VideoTokenizer,
     window_frames: int,
     seed: int,
     stream: StreamConfig | None,
@@ -55,19 +67,14 @@ def painter(  # noqa: PLR0913 - what is drawn, by what, and where to
     Args:
         shards: one folder or several; windows are taken from the held-out part of each.
         folder: where pictures go.
-        tokenizer: that of the shards.
+        decoder: the tokenizer of the shards.
         window_frames: latent frames of a window; a quarter of them is given to the model.
         seed: of the choice of windows.
         stream: where the shards' tars are, if not in their folders.
-
-    Raises:
-        MismatchError: if the shards are another tokenizer's.
     """
-    decoder = load_tokenizer(tokenizer)
     actions = DynamicsSpec.of(*shards).actions
     windows: list[_Window] = []
     for one in shards:
-        decoder.spec.require(one.tokenizer, here=tokenizer, there=str(one.folder))
         held_out = open_held_out(one, window_frames=window_frames, stream=stream, actions=actions)
         batch = held_out.batch(0, size=_LOOKED_AT, seed=seed)
         # The longest first: of others there is less to see.

@@ -88,18 +88,21 @@ def train_dynamics(config: TrainDynamicsConfig) -> "Path | DynamicsDryRun | None
     if stream is not None and stream.url.startswith("pipe:"):
         say(f"--stream runs a command in your shell for every shard: {stream.url[5:]}")
     # Of several processes only the main one draws and says what came of it.
-    draw, is_main = None, os.environ.get("RANK", "0") == "0"
-    if config.tokenizer is not None and is_main:
-        from .dynamics_pictures import painter
+    is_main = "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
+    draw = None
+    if config.tokenizer is not None:
+        from .dynamics_pictures import painter, tokenizer_of
 
-        draw = painter(
-            shards,
-            config.output / "samples",
-            tokenizer=config.tokenizer,
-            window_frames=config.training.window_frames,
-            seed=config.training.seed,
-            stream=stream,
-        )
+        decoder = tokenizer_of(shards, config.tokenizer)  # what is refused is refused by all
+        if is_main:
+            draw = painter(
+                shards,
+                config.output / "samples",
+                decoder=decoder,
+                window_frames=config.training.window_frames,
+                seed=config.training.seed,
+                stream=stream,
+            )
     model = train_dynamics_model(
         shards,
         config.output,

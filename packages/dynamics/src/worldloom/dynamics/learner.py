@@ -94,7 +94,9 @@ class Learner:
         self._training = training
         self._accelerator = accelerator
         found = None if checkpoint is None else checkpoint.state.get("fits")
-        if self.micro_windows < 0 and found == self._fitting(found):
+        # Processes of unequal memory look for it again, all of them or none.
+        if self.micro_windows < 0 and self._everywhere(found == self._fitting(found)):
+            assert found is not None
             self.micro_windows = found["windows"]
         if dynamics.action_head is not None:
             # Of what gets no gradient, processes would wait for one.
@@ -210,12 +212,13 @@ class Learner:
                 self._optimizer.zero_grad(set_to_none=True)
                 moments.clear()
 
-        def everywhere(fits: bool) -> bool:
-            failed = torch.tensor(int(not fits), device=self._accelerator.device)
-            return not self._accelerator.reduce(failed).item()
-
         self.dynamics.train()
-        self.micro_windows = find_micro_windows(attempt, most=most, everywhere=everywhere)
+        self.micro_windows = find_micro_windows(attempt, most=most, everywhere=self._everywhere)
+
+    def _everywhere(self, fits: bool) -> bool:
+        """Tell whether something is true in all processes, which call it together."""
+        failed = torch.tensor(int(not fits), device=self._accelerator.device)
+        return not self._accelerator.reduce(failed).item()
 
     def apply(self) -> float:
         """Do the update whose gradients were just computed; return its learning rate."""

@@ -163,7 +163,8 @@ def train_dynamics_model(  # noqa: PLR0913 (all but two are named by who calls)
 
     def judge(judged: DynamicsModel) -> dict[str, float]:
         """Return held-out numbers, of no more windows at once than training takes."""
-        most = min(16, learner.micro_windows if learner.micro_windows > 0 else 16)
+        share = training.batch_windows // accelerator.num_processes
+        most = min(16, learner.micro_windows if learner.micro_windows > 0 else share)
         return validate_all(judged, data, seed=training.seed, batch_windows=most)
 
     ahead = Ahead(

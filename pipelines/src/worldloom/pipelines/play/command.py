@@ -66,7 +66,7 @@ def _all_but_one() -> int:
     """Return how many threads leave a core to who draws the page.
 
     Two threads on two cores wait for each other wherever the browser has one of them: the demo's
-    world made 76 frames a second so, and 140 with one thread (docs/performance.md).
+    world played 76 frames a second so, and 147 with one thread (docs/performance.md).
     """
     import torch
 

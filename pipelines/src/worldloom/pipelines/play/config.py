@@ -53,8 +53,8 @@ class PlayConfig:
     device: str = "auto"
     """Where to compute: auto (CUDA if there is one), cpu, cuda, mps."""
     threads: int = 0
-    """Threads that compute on a CPU. 0 leaves a core to the browser, for which a world of the
-    demo's size waits longer than for a thread less; with --terminal, as many as torch takes."""
+    """Threads that compute on a CPU. 0 takes one fewer than there are cores, so that the browser
+    has one to itself: small worlds run faster so. With --terminal, as many as torch takes."""
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
